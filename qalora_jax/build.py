@@ -1,0 +1,231 @@
+"""From a ConfigDict or a directory to what the commands work on: model, weights, tokenizer."""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+
+from flax import linen as nn
+from flax.core import meta
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from qalora_jax import adapters
+from qalora_jax import checkpoint
+from qalora_jax import config as config_lib
+from qalora_jax import hf
+from qalora_jax import packed
+from qalora_jax import progress
+from qalora_jax import sharding
+from qalora_jax import tokenizer as tokenizer_lib
+from qalora_jax.data import records
+from qalora_jax.models import linear
+from qalora_jax.models import llama
+from qalora_jax.quant import affine
+
+CHECKPOINTS = 'checkpoints'
+_BASE_FILE = 'base.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a config means before any weight is read: the source's directory (None: from scratch), the model, its shapes.
+
+  `abstract` holds the boxed abstract collections 'frozen' and 'params'.
+  """
+
+  directory: pathlib.Path | None
+  model: llama.Llama
+  abstract: dict
+
+  @property
+  def shapes(self) -> dict:
+    """The abstract collections without their boxes."""
+    return nn.unbox(self.abstract)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A model ready to run: `variables` holds the collections 'frozen' and 'params'; `origin` says what it is."""
+
+  model: llama.Llama
+  variables: dict
+  tokenizer: tokenizer_lib.Tokenizer
+  directory: pathlib.Path | None
+  origin: dict
+
+
+def source(spec) -> records.Source:
+  """The data source that a config's dataset describes."""
+  return records.Source(**spec)
+
+
+def setup(config: ml_collections.ConfigDict) -> Setup:
+  """Resolves the source, reads its config.json and works out every shape; nothing large is read.
+
+  Raises ValueError or FileNotFoundError for what cannot be: an unknown source, a group that does not divide,
+  a quantized source under another quantization, an adapter on the wrong base.
+  """
+  if config.model.source == 'scratch':
+    return abstract_setup(config)
+  directory = hf.resolve(config.model.source, config.model.revision)
+  model_config = hf.read_config(directory, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
+  stored = packed.describe(directory) if packed.is_packed(directory) else None
+  return _setup(config, directory, model_config, stored)
+
+
+def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
+  """As `setup`, from config.model.architecture alone: nothing is downloaded or read (65B in seconds)."""
+  shapes = dict(config.model.architecture)
+  if not shapes['vocab_size']:
+    shapes['vocab_size'] = tokenizer_lib.load(config.model.tokenizer).vocab_size
+  model_config = llama.ModelConfig(**shapes, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
+  return _setup(config, None, model_config, None)
+
+
+def _setup(config, directory, model_config: llama.ModelConfig, stored: dict | None) -> Setup:
+  model = llama.Llama(model_config, scheme(config, stored))
+  tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  return Setup(directory, model, {'frozen': {}, 'params': {}, **abstract})
+
+
+def scheme(config: ml_collections.ConfigDict, stored: dict | None = None) -> linear.Scheme:
+  """What stands where at birth.  `stored`: {path: (bits, group)} of an already quantized source."""
+  base, chosen = config.base, config.adapter
+  if stored is not None:
+    quantizers = tuple((f'^{path}$', affine.Affine(bits, group)) for path, (bits, group) in stored.items())
+    _check_stored(base, stored, config.model.source)
+  elif base.method == 'affine':
+    quantizers = ((base.targets, affine.Affine(base.bits, base.group, base.symmetric)),)
+  else:
+    quantizers = ()
+  if chosen.kind == 'full' and stored:
+    raise ValueError(
+      f'adapter.kind = "full" trains every weight, but those of {config.model.source} are codes; '
+      'use "qalora" or "lora", or a dense model.source.'
+    )
+  adapter = None
+  if chosen.kind in adapters.KINDS:
+    adapter = adapters.Adapter(chosen.kind, chosen.rank, chosen.alpha, chosen.dropout, chosen.pool)
+  return linear.Scheme(
+    trains=chosen.kind == 'full',
+    quantizers=quantizers,
+    adapter=adapter,
+    adapted=chosen.targets,
+    frozen_dtype=jnp.dtype(config.model.frozen_dtype),
+  )
+
+
+def _check_stored(base, stored: dict, name: str) -> None:
+  if base.method == 'stored':
+    return
+  found = sorted(set(stored.values()))
+  if any(bits != base.bits or group != base.group for bits, group in found):
+    raise ValueError(
+      f'{name} is already quantized, (bits, group) = {found}; the config asks for bits {base.bits} and group '
+      f'{base.group}. Set base.method = "stored" to take it as it is, or quantize a dense source.'
+    )
+
+
+def tokenizer(config: ml_collections.ConfigDict, directory: pathlib.Path | None) -> tokenizer_lib.Tokenizer:
+  """The tokenizer of config.model.tokenizer, else of the source's directory."""
+  return tokenizer_lib.load(tokenizer_directory(config, directory))
+
+
+def tokenizer_directory(config: ml_collections.ConfigDict, directory: pathlib.Path | None) -> pathlib.Path:
+  """Where the tokenizer's files are."""
+  if config.model.tokenizer:
+    return pathlib.Path(config.model.tokenizer)
+  if directory is None:
+    raise ValueError('model.source = "scratch" has no tokenizer of its own: set model.tokenizer to a directory.')
+  return directory
+
+
+def load_weights(built: Setup) -> dict:
+  """The source's weights on the host, quantized as the scheme says while they are read."""
+  config, scheme_ = built.model.config, built.model.scheme
+  with progress.bar('reading weights', config.num_hidden_layers) as bar:
+    if packed.is_packed(built.directory):
+      return packed.load(built.directory, config, frozen_dtype=scheme_.frozen_dtype, progress=bar.advance)
+    return hf.load(built.directory, config, scheme_, progress=bar.advance)
+
+
+def variables(built: Setup, mesh: jax.sharding.Mesh, seed: int, fallback: str = 'error') -> dict:
+  """The model's collections on the mesh: weights from the source (or drawn, from scratch), adapters drawn from seed."""
+  at = sharding.place(built.abstract, mesh, fallback)
+  tokens = jnp.zeros((1, 8), jnp.int32)
+
+  def draw(key):
+    return nn.unbox({'params': {}, **built.model.init(key, tokens)})['params']
+
+  if built.directory is None:
+    params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
+    return {'frozen': {}, 'params': params}
+  weights = load_weights(built)
+  if built.model.scheme.trains:
+    return {'frozen': {}, 'params': jax.device_put(weights, at['params'])}
+  # The compiler drops the frozen weights that init would draw, so only the adapters are made.
+  params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
+  return {'frozen': jax.device_put(weights, at['frozen']), 'params': params}
+
+
+def fingerprint(frozen: dict) -> int:
+  """A CRC-32 of every frozen weight, in the tree's order: equal weights, equal numbers."""
+  crc = 0
+  for leaf in jax.tree.leaves(frozen):
+    crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8), crc)
+  return crc
+
+
+def check_base(workdir, frozen: dict) -> None:
+  """Remembers in the workdir which base its adapter belongs to; ValueError if the base is another one now."""
+  path = pathlib.Path(workdir) / _BASE_FILE
+  found = fingerprint(frozen)
+  if not path.exists():
+    path.write_text(json.dumps({'crc32': found}) + '\n')
+  elif json.loads(path.read_text())['crc32'] != found:
+    raise ValueError(
+      f'{path}: the base weights are not those this adapter was trained on (fingerprint {found}). '
+      'The source has changed since, or was quantized elsewhere with another rounding; restore it, or train anew.'
+    )
+
+
+def is_run(directory) -> bool:
+  """Whether `directory` is a workdir with a trained checkpoint."""
+  return checkpoint.exists(pathlib.Path(directory) / CHECKPOINTS)
+
+
+def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
+  """The base and the trained weights of a workdir, on one replica over all devices."""
+  built = setup(config)
+  mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
+  at = sharding.place(built.abstract, mesh, config.sharding.fallback)
+  abstract = jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), built.shapes['params'], at['params']
+  )
+  step, params = checkpoint.restore_params(pathlib.Path(workdir) / CHECKPOINTS, abstract)
+  frozen = {}
+  if not built.model.scheme.trains:
+    frozen = load_weights(built)
+    check_base(workdir, frozen)
+    frozen = jax.device_put(frozen, at['frozen'])
+  origin = {'workdir': str(workdir), 'step': step, 'source': config.model.source, 'adapter': config.adapter.kind}
+  return Loaded(built.model, {'frozen': frozen, 'params': params}, tokenizer(config, built.directory),
+                built.directory, origin)
+
+
+def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
+  """An untrained model: the Hugging Face or quantized directory `name` (or hub id), quantized as the config says."""
+  config = config_lib.replaced(config, {'model.source': name, 'adapter.kind': 'none'})
+  built = setup(config)
+  mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
+  loaded = variables(built, mesh, config.seed, config.sharding.fallback)
+  return Loaded(built.model, loaded, tokenizer(config, built.directory), built.directory, {'source': name})
+
+
+def is_box(node) -> bool:
+  """Whether a node of an abstract tree carries logical axis names."""
+  return isinstance(node, meta.AxisMetadata)

@@ -1,0 +1,1 @@
+"""The one reader of frozen weights, `qmatmul`, and what stands behind it."""

@@ -1,0 +1,56 @@
+"""`qmatmul`: dispatch over implementations, and the gradient, written once above them all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from qalora_jax.kernels import reference
+from qalora_jax.kernels import xla
+from qalora_jax.quant import qtensor
+
+_FORWARD = {'xla': xla.forward}
+_TRANSPOSE = {'xla': xla.transpose}
+
+
+def qmatmul(x, w, impl: str | None = None) -> jax.Array:
+  """x [..., I] @ w [I, O] for a dense array or a `QTensor`; float32 accumulation, result in x's dtype.
+
+  For a QTensor the gradient reaches x and the offsets alone:
+
+      dx = dy @ dense(w).T        doffset = pool(x).T @ dy
+
+  so between forward and backward only pool(x) [..., I / group] is kept, never x and never a dense matrix
+  (the dense matrix is made again).  `impl`: 'xla'; 'reference' (the specification under plain autodiff);
+  None chooses.  Raises ValueError for another name, or where shapes do not meet.
+  """
+  if x.shape[-1] != w.shape[-2]:
+    raise ValueError(f'qmatmul: x has {x.shape[-1]} inputs, the weight {w.shape[-2]}.')
+  if not isinstance(w, qtensor.QTensor):
+    return jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+  if impl == 'reference':
+    return reference.qmatmul(x, w)
+  impl = impl or 'xla'
+  if impl not in _FORWARD:
+    raise ValueError(f'qmatmul: no implementation {impl!r}; there are {sorted([*_FORWARD, "reference"])}.')
+  return _quantized(x, w, impl)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _quantized(x, w, impl):
+  return _FORWARD[impl](x, w)
+
+
+def _keep(x, w, impl):
+  return _FORWARD[impl](x, w), (reference.pool(x, w.groups), w)
+
+
+def _gradients(impl, kept, dy):
+  pooled, w = kept
+  rows = dy.reshape(-1, dy.shape[-1]).astype(jnp.float32)
+  doffset = jnp.dot(pooled.reshape(-1, w.groups).T, rows, precision=jax.lax.Precision.HIGHEST)
+  dw = w.replace(planes=None, scale=None, offset=doffset.astype(w.offset.dtype))
+  return _TRANSPOSE[impl](dy, w), dw
+
+
+_quantized.defvjp(_keep, _gradients)

@@ -1,0 +1,1 @@
+"""Model families, and `linear`, where a frozen matrix meets its adapter."""

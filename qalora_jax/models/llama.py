@@ -1,0 +1,201 @@
+"""LLaMA 1, 2 and 3 (Touvron et al., 2023; Dubey et al., 2024) as functional linen modules.
+
+B batch, T time, D model, F mlp, H heads, K key/value heads, C head width, V vocabulary.
+"""
+
+import dataclasses
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from qalora_jax.models import linear
+
+REMAT = {
+  'none': None,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """LLaMA-3's stretching of the rotary wavelengths (names as in Hugging Face's rope_scaling)."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A LLaMA's shapes and constants, named as in Hugging Face's config.json; `dtype` is that of the arithmetic."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  max_position_embeddings: int = 2048
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  rms_norm_eps: float = 1e-6
+  tie_word_embeddings: bool = False
+  head_dim: int = 0
+  dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
+
+  def __post_init__(self):
+    if self.num_attention_heads % self.num_key_value_heads:
+      raise ValueError(
+        f'num_attention_heads = {self.num_attention_heads} is no multiple of '
+        f'num_key_value_heads = {self.num_key_value_heads}.'
+      )
+    if self.remat not in REMAT:
+      raise ValueError(f'remat = {self.remat!r}; it is one of {sorted(REMAT)}.')
+    if not self.head_dim:
+      object.__setattr__(self, 'head_dim', self.hidden_size // self.num_attention_heads)
+
+
+def rope_frequencies(config: ModelConfig) -> jax.Array:
+  """Radians per position of each of the C / 2 rotations: theta^(-2i / C), stretched as LLaMA-3 where configured.
+
+  Stretching: wavelengths longer than original / low_freq_factor are divided in frequency by `factor`, those shorter
+  than original / high_freq_factor stay, and between them the two are interpolated.
+  """
+  exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+  frequencies = config.rope_theta**-exponents
+  scaling = config.rope_scaling
+  if scaling is None:
+    return frequencies
+  turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+  keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+  keep = jnp.clip(keep, 0.0, 1.0)
+  return frequencies * (keep + (1.0 - keep) / scaling.factor)
+
+
+def rotate(x_BTHC, positions_BT, frequencies) -> jax.Array:
+  """Rotary position embedding (Su et al., 2021), pairing entry i with i + C / 2 as Hugging Face's checkpoints do."""
+  angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies.reshape(1, 1, 1, -1)
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x_BTHC.dtype)
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang and Sennrich, 2019)."""
+
+  eps: float
+  scheme: linear.Scheme
+
+  @nn.compact
+  def __call__(self, x):
+    init = linear.dense_init(self.scheme, nn.initializers.ones, (x.shape[-1],), ('norm',))
+    scale = linear.weight(self, self.scheme, 'scale', init).astype(jnp.float32)
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+    return (x32 * inverse * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Causal attention with grouped queries, within segments."""
+
+  config: ModelConfig
+  scheme: linear.Scheme
+
+  @nn.compact
+  def __call__(self, x_BTD, positions_BT, mask_B1TT):
+    c = self.config
+    B, T, _ = x_BTD.shape
+
+    def project(name, heads):
+      y = linear.Linear(heads * c.head_dim, ('embed', 'heads'), self.scheme, name=name)(x_BTD)
+      return y.reshape(B, T, heads, c.head_dim)
+
+    frequencies = rope_frequencies(c)
+    q_BTHC = rotate(project('q_proj', c.num_attention_heads), positions_BT, frequencies)
+    k_BTKC = rotate(project('k_proj', c.num_key_value_heads), positions_BT, frequencies)
+    v_BTKC = project('v_proj', c.num_key_value_heads)
+    y_BTHC = jax.nn.dot_product_attention(q_BTHC, k_BTKC, v_BTKC, mask=mask_B1TT)
+    y = y_BTHC.reshape(B, T, -1)
+    return linear.Linear(c.hidden_size, ('heads', 'embed'), self.scheme, name='o_proj')(y)
+
+
+class MLP(nn.Module):
+  """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x))."""
+
+  config: ModelConfig
+  scheme: linear.Scheme
+
+  @nn.compact
+  def __call__(self, x):
+    wide = lambda name: linear.Linear(self.config.intermediate_size, ('embed', 'mlp'), self.scheme, name=name)(x)
+    h = nn.silu(wide('gate_proj')) * wide('up_proj')
+    return linear.Linear(self.config.hidden_size, ('mlp', 'embed'), self.scheme, name='down_proj')(h)
+
+
+class Block(nn.Module):
+  """One pre-norm layer; the (carry, None) signature is nn.scan's."""
+
+  config: ModelConfig
+  scheme: linear.Scheme
+
+  @nn.compact
+  def __call__(self, x_BTD, positions_BT, mask_B1TT):
+    norm = lambda name: RMSNorm(self.config.rms_norm_eps, self.scheme, name=name)
+    attention = Attention(self.config, self.scheme, name='attention')
+    x_BTD = x_BTD + attention(norm('attention_norm')(x_BTD), positions_BT, mask_B1TT)
+    return x_BTD + MLP(self.config, self.scheme, name='mlp')(norm('mlp_norm')(x_BTD)), None
+
+
+class Llama(nn.Module):
+  """tokens [B, T] -> logits [B, T, V] float32.
+
+  `segments` [B, T] keeps documents that share a row apart (a token sees earlier tokens of its own segment only);
+  `positions` [B, T] are counted within them.  Without either, a row is one document.  Apply needs no `scheme`.
+  """
+
+  config: ModelConfig
+  scheme: linear.Scheme = linear.Scheme()
+
+  @nn.compact
+  def __call__(self, tokens_BT, segments_BT=None, positions_BT=None):
+    c = self.config
+    B, T = tokens_BT.shape
+    if positions_BT is None:
+      positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    mask_B1TT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool))[None, None], (B, 1, T, T))
+    if segments_BT is not None:
+      mask_B1TT &= (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+
+    init = linear.dense_init(
+      self.scheme, nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), ('vocab', 'embed')
+    )
+    embedding_VD = linear.weight(self, self.scheme, 'embedding', init)
+    x_BTD = embedding_VD[tokens_BT].astype(c.dtype)
+    x_BTD, _ = self._layers()(x_BTD, positions_BT, mask_B1TT)
+    x_BTD = RMSNorm(c.rms_norm_eps, self.scheme, name='norm')(x_BTD)
+    if c.tie_word_embeddings:
+      logits = jnp.dot(x_BTD, embedding_VD.T.astype(c.dtype), preferred_element_type=jnp.float32)
+    else:
+      logits = linear.Linear(c.vocab_size, ('embed', 'vocab'), self.scheme, name='lm_head')(x_BTD)
+    return logits.astype(jnp.float32)
+
+  def _layers(self):
+    block = Block
+    if self.config.remat != 'none':
+      # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot, and the guard costs time.
+      block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.config.remat])
+    stack = nn.scan(
+      block,
+      length=self.config.num_hidden_layers,
+      variable_axes={'params': 0, 'frozen': 0},
+      split_rngs={'params': True, 'dropout': True},
+      in_axes=nn.broadcast,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    return stack(self.config, self.scheme, name='layers')

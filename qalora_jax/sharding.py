@@ -1,0 +1,99 @@
+"""The mesh, the one table from logical to mesh axes, and `place`."""
+
+import math
+
+from flax import linen as nn
+from flax.core import meta
+import jax
+import numpy as np
+
+AXES = ('data', 'fsdp', 'tensor')
+
+# Weights are split over fsdp along the model's width and over tensor along heads, mlp and vocabulary.
+RULES = {
+  'embed': 'fsdp',
+  'heads': 'tensor',
+  'mlp': 'tensor',
+  'vocab': 'tensor',
+  'norm': None,
+  'rank': None,
+  'layers': None,
+}
+BATCH = jax.sharding.PartitionSpec(('data', 'fsdp'))
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
+  """A mesh of axes data, fsdp, tensor over `devices` (default: all); one size may be -1, whatever is left.
+
+  Raises ValueError where the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, tensor]
+  known = math.prod(s for s in sizes if s != -1)
+  if sizes.count(-1) > 1 or len(devices) % known or (-1 not in sizes and known != len(devices)):
+    wanted = ', '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
+    raise ValueError(
+      f'sharding {wanted} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}, '
+      'and one of them may be -1.'
+    )
+  sizes = [len(devices) // known if s == -1 else s for s in sizes]
+  # Explicit axis types, jax.make_mesh's default, refuse the logical-axes recipe.
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=auto)
+
+
+def place(abstract, mesh: jax.sharding.Mesh, fallback: str = 'error'):
+  """The NamedSharding of every leaf of an abstract tree of boxed (logically named) and plain leaves.
+
+  Codes, scales and offsets of a quantized matrix share one spec, so a group never straddles devices.  A dimension
+  that its mesh axis does not divide is a ValueError that names the weight and the sizes that would, or, with
+  fallback='replicate', is held whole on every device.  Plain leaves are replicated.
+  """
+  boxed = lambda node: isinstance(node, meta.AxisMetadata)
+
+  def leaf(path, node):
+    if not boxed(node):
+      return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    name = '/'.join(str(getattr(key, 'key', getattr(key, 'name', key))) for key in path)
+    spec = _spec(name, node, mesh, fallback)
+    return jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, spec), node.value)
+
+  return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=boxed)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Held whole on every device."""
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def batch(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Rows split over data and fsdp."""
+  return jax.sharding.NamedSharding(mesh, BATCH)
+
+
+def check_rows(rows: int, accumulation: int, mesh: jax.sharding.Mesh) -> None:
+  """ValueError unless every micro-batch divides over the devices that share the rows."""
+  shares = mesh.shape['data'] * mesh.shape['fsdp']
+  if (rows // accumulation) % shares:
+    raise ValueError(
+      f'train.batch = {rows} in train.accumulation = {accumulation} parts is {rows // accumulation} rows, which do '
+      f'not divide over data x fsdp = {shares} devices; use a multiple of {accumulation * shares} rows.'
+    )
+
+
+def _spec(name: str, box: nn.LogicallyPartitioned, mesh, fallback: str) -> jax.sharding.PartitionSpec:
+  axes = [RULES[axis] for axis in box.names]
+  for d, axis in enumerate(axes):
+    if axis is None:
+      continue
+    sizes = [leaf.shape[d] for leaf in jax.tree.leaves(box.value)]
+    shared = math.gcd(*sizes)
+    if shared % mesh.shape[axis]:
+      if fallback != 'replicate':
+        fits = [n for n in range(1, shared + 1) if shared % n == 0]
+        raise ValueError(
+          f'{name}: its axis {box.names[d]!r} has {min(sizes)} parts, which do not divide over '
+          f'sharding.{axis} = {mesh.shape[axis]}; use one of {fits}, or sharding.fallback = "replicate".'
+        )
+      axes[d] = None
+  return jax.sharding.PartitionSpec(*axes)
