@@ -6,7 +6,6 @@ import pathlib
 import zlib
 
 from flax import linen as nn
-from flax.core import meta
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -20,6 +19,7 @@ from qalora_jax import packed
 from qalora_jax import progress
 from qalora_jax import sharding
 from qalora_jax import tokenizer as tokenizer_lib
+from qalora_jax.data import examples
 from qalora_jax.data import records
 from qalora_jax.models import linear
 from qalora_jax.models import llama
@@ -144,6 +144,24 @@ def tokenizer_directory(config: ml_collections.ConfigDict, directory: pathlib.Pa
   return directory
 
 
+def encode(config, spec, tokenizer) -> list[examples.Example]:
+  """The examples of one of the config's datasets, all read and checked."""
+  chosen = source(spec)
+  made = []
+  for document in records.read(chosen):
+    made += examples.encode(
+      document,
+      tokenizer,
+      window=config.data.window,
+      loss_on=chosen.loss_on,
+      append_eos=chosen.append_eos,
+      overflow=chosen.overflow,
+      max_prompt=config.data.max_prompt,
+      max_completion=config.data.max_completion,
+    )
+  return made
+
+
 def load_weights(built: Setup) -> dict:
   """The source's weights on the host, quantized as the scheme says while they are read."""
   config, scheme_ = built.model.config, built.model.scheme
@@ -219,13 +237,30 @@ def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
 
 def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
   """An untrained model: the Hugging Face or quantized directory `name` (or hub id), quantized as the config says."""
-  config = config_lib.replaced(config, {'model.source': name, 'adapter.kind': 'none'})
+  config = config.copy_and_resolve_references()
+  config.model.source, config.adapter.kind = name, 'none'
   built = setup(config)
   mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
   loaded = variables(built, mesh, config.seed, config.sharding.fallback)
   return Loaded(built.model, loaded, tokenizer(config, built.directory), built.directory, {'source': name})
 
 
-def is_box(node) -> bool:
-  """Whether a node of an abstract tree carries logical axis names."""
-  return isinstance(node, meta.AxisMetadata)
+
+def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Loaded:
+  """The model a command is about: `name` if given (a workdir, or a directory or hub id taken as it stands), else
+  the trained run in `workdir`, else the config's source quantized as the config says.
+  """
+  if name and is_run(name):
+    return load_run(config_lib.load(name), name)
+  if name:
+    as_it_stands = config.copy_and_resolve_references()
+    as_it_stands.base.method = 'stored'
+    return load_model(as_it_stands, name)
+  if workdir and is_run(workdir):
+    return load_run(config, workdir)
+  if not config.model.source or config.model.source == 'scratch':
+    raise ValueError(
+      f'there is no model to work on: {workdir or "no --workdir"} holds no trained run, and model.source is '
+      f'{config.model.source!r}. Train first, or give --model=DIRECTORY.'
+    )
+  return load_model(config, config.model.source)

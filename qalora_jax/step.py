@@ -74,7 +74,7 @@ def train_step(
   grads = jax.tree.map(lambda g: g * per_token, grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = {'loss': loss * per_token, 'tokens': tokens, 'grad_norm': optax.global_norm(grads)}
+  metrics = {'loss': loss * per_token, 'tokens': tokens, 'grad_norm': optax.tree.norm(grads)}
   return State(state.step + 1, params, opt_state), metrics
 
 

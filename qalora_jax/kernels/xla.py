@@ -19,17 +19,26 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 def forward(x, w: qtensor.QTensor) -> jax.Array:
   """x [..., I] @ dense(w) -> [..., O]."""
-  if x.dtype == jnp.float32:
-    return jnp.dot(x, qtensor.dequantize(w))
-  y = jnp.dot(x, qtensor.scaled(w, x.dtype), preferred_element_type=jnp.float32)
-  pooled = reference.pool(x, w.groups)
-  return (y + jnp.dot(pooled, w.offset.astype(jnp.float32), precision=_EXACT)).astype(x.dtype)
+  return sums(x, w).astype(x.dtype)
 
 
 def transpose(dy, w: qtensor.QTensor) -> jax.Array:
   """dy [..., O] @ dense(w).T -> [..., I]."""
+  return transposed_sums(dy, w).astype(dy.dtype)
+
+
+def sums(x, w: qtensor.QTensor) -> jax.Array:
+  """x @ dense(w) in float32, before it is rounded to x's dtype."""
+  if x.dtype == jnp.float32:
+    return jnp.dot(x, qtensor.dequantize(w))
+  y = jnp.dot(x, qtensor.scaled(w, x.dtype), preferred_element_type=jnp.float32)
+  return y + jnp.dot(reference.pool(x, w.groups), w.offset.astype(jnp.float32), precision=_EXACT)
+
+
+def transposed_sums(dy, w: qtensor.QTensor) -> jax.Array:
+  """dy @ dense(w).T in float32, before it is rounded to dy's dtype."""
   if dy.dtype == jnp.float32:
     return jnp.dot(dy, qtensor.dequantize(w).T)
   dx = jnp.dot(dy, qtensor.scaled(w, dy.dtype).T, preferred_element_type=jnp.float32)
   by_group = jnp.dot(dy.astype(jnp.float32), w.offset.astype(jnp.float32).T, precision=_EXACT)
-  return (dx + jnp.repeat(by_group, w.group, axis=-1)).astype(dy.dtype)
+  return dx + jnp.repeat(by_group, w.group, axis=-1)

@@ -1,1 +1,32 @@
 """Quantizers: from a dense matrix to a `QTensor` and back.  Knows no model and no adapter."""
+
+import jax
+
+from qalora_jax.quant import qtensor
+
+
+def matrices(tree) -> list[qtensor.QTensor]:
+  """Every quantized matrix of a tree."""
+  leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, qtensor.QTensor))
+  return [leaf for leaf in leaves if isinstance(leaf, qtensor.QTensor)]
+
+
+def effective_bits(tree) -> float | None:
+  """Stored bits per weight over the quantized matrices of a tree, scales and offsets included; None without any."""
+  found = matrices(tree)
+  weights = sum(q.size for q in found)
+  return sum(qtensor.bits_per_weight(q) * q.size for q in found) / weights if found else None
+
+
+def stored_bytes(tree) -> int:
+  """Bytes of every array of a tree."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def summary(tree) -> str:
+  """One line: how many weights are frozen, in how many bits each, in how many bytes."""
+  total = f'{stored_bytes(tree):,} bytes of frozen weights'
+  found = matrices(tree)
+  if not found:
+    return f'{total}, all dense'
+  return f'{total}, {sum(q.size for q in found):,} weights of them in {effective_bits(tree):.3f} bits each'

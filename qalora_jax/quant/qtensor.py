@@ -3,6 +3,8 @@
 I inputs, O outputs, G group size, L groups (I // G).  Any axes may stand before them (scanned layers).
 """
 
+import math
+
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,11 @@ class QTensor(struct.PyTreeNode):
   def shape(self) -> tuple[int, ...]:
     """The shape of the dense matrix, leading axes included."""
     return (*self.scale.shape[:-2], self.groups * self.group, self.scale.shape[-1])
+
+  @property
+  def size(self) -> int:
+    """The number of weights."""
+    return math.prod(self.shape)
 
 
 def pack(codes, bits: int) -> tuple[jax.Array, ...]:
@@ -104,10 +111,7 @@ def check_group(inputs: int, group: int, name: str = 'a weight') -> int:
 def bits_per_weight(q: QTensor) -> float:
   """Stored bits over weights, scales and offsets included: bits + (scale and offset bits) / group."""
   stored = sum(leaf.size * leaf.dtype.itemsize * 8 for leaf in jax.tree.leaves(q))
-  weights = 1
-  for size in q.shape:
-    weights *= size
-  return stored / weights
+  return stored / q.size
 
 
 def _pack_plane(fields, width: int) -> jax.Array:

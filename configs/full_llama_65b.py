@@ -1,0 +1,13 @@
+"""Full fine-tuning, every weight in float32: LLaMA-65B on Alpaca.
+
+qalora train --config=configs/full_llama_65b.py --workdir=runs/full_llama_65b
+Reads ./alpaca_data.json, or --config.data.train.path=FILE.
+
+Devices and hours: unknown.  Expected: not yet run.
+"""
+
+from configs import llama
+
+
+def get_config():
+  return llama.finetune('llama_65b', 'full')

@@ -1,0 +1,13 @@
+"""LoRA, rank 64, on a dense bfloat16 base: LLaMA-13B on Alpaca.
+
+qalora train --config=configs/lora_llama_13b.py --workdir=runs/lora_llama_13b
+Reads ./alpaca_data.json, or --config.data.train.path=FILE.
+
+Devices and hours: unknown.  Expected: not yet run.
+"""
+
+from configs import llama
+
+
+def get_config():
+  return llama.finetune('llama_13b', 'lora')

@@ -1,0 +1,13 @@
+"""QA-LoRA, 4 bits in groups of 32, rank 64: Llama-2-7B on Alpaca.
+
+qalora train --config=configs/qalora_llama2_7b.py --workdir=runs/qalora_llama2_7b
+Reads ./alpaca_data.json, or --config.data.train.path=FILE.
+
+Devices and hours: unknown.  Expected: not yet run.
+"""
+
+from configs import llama
+
+
+def get_config():
+  return llama.finetune('llama2_7b', 'qalora')

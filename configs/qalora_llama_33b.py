@@ -1,0 +1,13 @@
+"""QA-LoRA, 4 bits in groups of 32, rank 64: LLaMA-33B on Alpaca.
+
+qalora train --config=configs/qalora_llama_33b.py --workdir=runs/qalora_llama_33b
+Reads ./alpaca_data.json, or --config.data.train.path=FILE.
+
+Devices and hours: unknown.  Expected: not yet run.
+"""
+
+from configs import llama
+
+
+def get_config():
+  return llama.finetune('llama_33b', 'qalora')

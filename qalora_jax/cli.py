@@ -1,0 +1,86 @@
+"""`qalora VERB`: finds the verb's module, and turns a user's error into one line instead of a traceback."""
+
+import difflib
+import importlib
+import importlib.metadata
+import pathlib
+import sys
+
+# Imported only when called: `qalora --help` should not wait for JAX.
+_MODULES = {
+  'quantize': 'qalora_jax.quantize',
+  'train': 'qalora_jax.train',
+  'evaluate': 'qalora_jax.evaluate.command',
+  'export': 'qalora_jax.export.command',
+  'generate': 'qalora_jax.generate',
+}
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+
+_HELP = """\
+qalora fine-tunes language models whose frozen weights stay in 2 to 8 bits,
+and folds the trained adapter back into those weights without loss (QA-LoRA).
+
+usage: qalora VERB [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...] [flags]
+
+The verbs, in their natural order; what one writes, the next one reads:
+  quantize   a dense model in, a model of 2 to 8 bits out (train can also do this as it loads)
+  train      trains an adapter, or every weight; the same command again goes on where it stopped
+  evaluate   perplexity and multiple choice
+  export     merges the adapter and writes a model that others can load
+  generate   continues a prompt
+
+For example:
+  qalora quantize --config=configs/babyllama.py --workdir=runs/base
+  qalora train    --config=configs/babyllama.py --workdir=runs/a --config.model.source=runs/base \\
+                  --config.base.method=stored
+  qalora evaluate --workdir=runs/a
+  qalora export   --workdir=runs/a
+  qalora generate --workdir=runs/a --prompt='Once upon a time'
+
+qalora VERB --help lists a verb's flags.  Every config KEY is explained in configs/base.py.
+qalora --version prints the version."""
+
+
+def main(argv=None):
+  """The `qalora` program.  `argv` holds what follows its name; None means the command line's."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  if not argv or argv[0] in ('-h', '-help', '--help', 'help'):
+    print(_HELP)
+    return
+  verb, *rest = argv
+  if verb == '--version':
+    print(f'qalora_jax {importlib.metadata.version("qalora_jax")}')
+    return
+  if verb not in _MODULES:
+    close = difflib.get_close_matches(verb, _MODULES, n=1)
+    hint = f'did you mean {close[0]!r}?' if close else f'the verbs are {", ".join(_MODULES)}'
+    _fail('qalora', f'no verb {verb!r}; {hint}')
+  run(importlib.import_module(_MODULES[verb]).main, verb, rest)
+
+
+def run(main, verb, argv=None):
+  """Calls `main(argv)`; what the user can put right ends in one line on stderr and exit status 2.
+
+  That is every OSError, and every ValueError whose last frame is qalora_jax's own.  Anything else,
+  a ValueError out of another library included, is a defect and keeps its traceback.
+  """
+  try:
+    main(argv)
+  except OSError as error:
+    _fail(f'qalora {verb}', error)
+  except ValueError as error:
+    if not _ours(error):
+      raise
+    _fail(f'qalora {verb}', error)
+
+
+def _ours(error):
+  frame = error.__traceback__
+  while frame.tb_next:
+    frame = frame.tb_next
+  return _PACKAGE in pathlib.Path(frame.tb_frame.f_code.co_filename).resolve().parents
+
+
+def _fail(program, error):
+  print(f'{program}: error: {error}', file=sys.stderr)
+  raise SystemExit(2) from None

@@ -1,0 +1,1 @@
+"""Text on disk -> documents -> examples (tokens and loss mask) -> batches."""

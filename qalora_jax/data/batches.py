@@ -1,0 +1,104 @@
+"""Examples as rectangular batches, packed or padded, endless for training and in order for scoring.
+
+A batch is a dict of int32 arrays [B, T]: `tokens`, `loss_mask`, `segments` (0 is padding, 1.. count the documents of
+a row) and `positions`, which restart at 0 in each document.  A model that attends only within a segment and takes its
+positions from `positions` computes for a packed document what it computes for that document alone.
+"""
+
+import collections.abc
+
+import grain
+import numpy as np
+
+from qalora_jax.data import examples as examples_lib
+
+Batch = dict[str, np.ndarray]
+
+
+def training(
+  examples: list[examples_lib.Example], *, window: int, batch: int, packing: bool, seed: int
+) -> grain.DatasetIterator:
+  """Endless batches [batch, window], each epoch in another order, all drawn from `seed`.
+
+  With `packing`, documents are put by first fit into the rows of one batch until the next one fits nowhere; none is
+  split or lost, and a batch may reach into the next epoch.  Without, each row is one document and padding.
+
+  `get_state()` is a dict of ints and dicts, fit for JSON; after `set_state()` the iterator goes on exactly where the
+  state was taken, mid-epoch and mid-pack, in any process with the same arguments.
+
+  Raises ValueError if there are no examples, or one is longer than the window or empty.
+  """
+  _check(examples, window, batch)
+  if not 0 <= seed < 2**32:
+    raise ValueError(f'seed = {seed} is outside 0 to 2**32 - 1')
+  # Elements are in memory already, so that reading threads would cost more than they hide.
+  rows = (
+    grain.MapDataset.source(examples)
+    .seed(seed)
+    .shuffle()
+    .repeat()
+    .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  )
+  if packing:
+    rows = grain.experimental.FirstFitPackIterDataset(
+      rows, length_struct={'tokens': window, 'loss_mask': window}, num_packing_bins=batch, seed=seed
+    ).map(_rename)
+  else:
+    rows = rows.map(lambda example: _pad(example, window))
+  return iter(rows.batch(batch))
+
+
+def scoring(
+  examples: list[examples_lib.Example], *, window: int, batch: int
+) -> collections.abc.Iterator[Batch]:
+  """Each example once, in order, one a row; with `rows` [B], the example's index, to put scores back.
+
+  All batches have one shape: `batch` rows, of the longest example's length rounded up to a multiple of 32 but not
+  beyond the window.  The last batch is filled up with rows of padding, whose index is -1.
+
+  Raises ValueError if there are no examples, or one is longer than the window or empty.
+  """
+  _check(examples, window, batch)
+  longest = max(len(example['tokens']) for example in examples)
+  width = min(-(-longest // 32) * 32, window)
+  return (_scoring_batch(examples, start, batch, width) for start in range(0, len(examples), batch))
+
+
+def _scoring_batch(examples: list[examples_lib.Example], start: int, batch: int, width: int) -> Batch:
+  nothing = {name: np.zeros(0, np.int32) for name in ('tokens', 'loss_mask')}
+  chosen = examples[start : start + batch]
+  padded = [_pad(example, width) for example in chosen + [nothing] * (batch - len(chosen))]
+  stacked = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
+  rows = start + np.arange(batch, dtype=np.int32)
+  return stacked | {'rows': np.where(rows < len(examples), rows, -1).astype(np.int32)}
+
+
+def _check(examples: list[examples_lib.Example], window: int, batch: int) -> None:
+  if batch < 1:
+    raise ValueError(f'batch = {batch}; a batch has at least one row')
+  if not examples:
+    raise ValueError('no examples to make batches of; check path, start and stop of the data set')
+  for index, example in enumerate(examples):
+    if not 0 < len(example['tokens']) <= window:
+      raise ValueError(
+        f'example {index} has {len(example["tokens"])} tokens; encode it for window = {window}, which must hold it'
+      )
+
+
+def _pad(example: examples_lib.Example, width: int) -> Batch:
+  length = len(example['tokens'])
+  real = np.arange(width, dtype=np.int32) < length
+  fields = {name: np.pad(example[name], (0, width - length)) for name in ('tokens', 'loss_mask')}
+  return fields | {
+    'segments': real.astype(np.int32),
+    'positions': np.where(real, np.arange(width, dtype=np.int32), 0).astype(np.int32),
+  }
+
+
+def _rename(row: Batch) -> Batch:
+  return {
+    'tokens': row['tokens'],
+    'loss_mask': row['loss_mask'],
+    'segments': row['tokens_segment_ids'],
+    'positions': row['tokens_positions'],
+  }

@@ -1,0 +1,63 @@
+"""`qalora evaluate`: scores a model on the config's text and questions."""
+
+import pathlib
+
+from qalora_jax import build
+from qalora_jax import config as config_lib
+from qalora_jax import progress
+from qalora_jax import quant
+from qalora_jax import report
+from qalora_jax import sharding
+from qalora_jax.data import records
+from qalora_jax.evaluate import choices
+from qalora_jax.evaluate import perplexity
+
+SUMMARY = (
+  'Scores a model: perplexity on config.evaluate.text, four-choice accuracy on config.evaluate.choices.\n'
+  'The model is --model, else the run in --workdir, else config.model.source quantized as config.base says.'
+)
+
+
+def main(argv=None) -> list[dict]:
+  """Runs the command with `argv`; prints a table and writes results.json into the workdir."""
+  flags = (
+    config_lib.Flag('model', 'string', '', 'A workdir, Hugging Face directory, exported directory or hub id.'),
+    config_lib.Flag('name', 'string', '', 'What the row is called in the table (default: the model).'),
+  )
+  arguments = config_lib.parse('evaluate', argv, summary=SUMMARY, extra_flags=flags)
+  config = arguments.config
+  loaded = build.open_model(config, arguments.workdir, arguments.values['model'])
+  row = {'model': arguments.values['name'] or ' '.join(str(v) for v in loaded.origin.values())}
+  rows = [row | evaluate(loaded, config)]
+  report.show('evaluation', rows)
+  if arguments.workdir:
+    path = pathlib.Path(arguments.workdir) / 'results.json'
+    more = {'seed': config.seed, 'config': config.to_dict(), 'origin': loaded.origin}
+    report.write(path, report.document(arguments.command, rows, **more))
+    progress.console.print(f'written to {path}')
+  return rows
+
+
+def evaluate(loaded: build.Loaded, config) -> dict:
+  """One row: bits per weight, bytes, and every score whose data set the config names.
+
+  Raises ValueError where it names none.
+  """
+  settings = config.evaluate
+  if not settings.text.path and not settings.choices.path:
+    raise ValueError('nothing to score: set evaluate.text.path or evaluate.choices.path.')
+  mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
+  weights = loaded.variables['frozen'] or loaded.variables['params']
+  row = {'bits_per_weight': quant.effective_bits(weights) or 32.0, 'bytes': quant.stored_bytes(weights)}
+  common = dict(window=config.data.window, batch=settings.batch, mesh=mesh)
+  if settings.text.path:
+    scored = build.encode(config, settings.text, loaded.tokenizer)
+    characters = perplexity.spelled(loaded.tokenizer, scored)
+    row |= perplexity.score(loaded.model, loaded.variables, examples=scored, characters=characters, **common)
+  if settings.choices.path:
+    questions = records.read(build.source(settings.choices))
+    wrong = next((q for q in questions if not isinstance(q, records.Question)), None)
+    if wrong is not None:
+      raise ValueError(f'{settings.choices.path}: evaluate.choices needs records with prompt, choices and answer.')
+    row |= choices.accuracy(loaded.model, loaded.variables, loaded.tokenizer, questions, **common)
+  return row

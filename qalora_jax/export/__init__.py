@@ -1,0 +1,1 @@
+"""Merge, prove the merge, then one writer per format."""

@@ -1,0 +1,8 @@
+"""`python -m qalora_jax.export`."""
+
+import sys
+
+from qalora_jax import cli
+from qalora_jax.export import command
+
+cli.run(command.main, 'export', sys.argv[1:])

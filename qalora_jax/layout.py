@@ -1,0 +1,115 @@
+"""Where every weight stands: its path in the model's tree and its name in a file, in one table read in both directions.
+
+A path such as layers/mlp/down_proj/kernel names a leaf of the tree, where layers are stacked on a leading axis; a name
+such as model.layers.0.mlp.down_proj.weight a tensor of one layer, as Hugging Face calls it.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import functools
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qalora_jax.models import llama
+
+# {path: name}; {} stands for the layer.
+NAMES = {
+  'embedding': 'model.embed_tokens.weight',
+  'norm/scale': 'model.norm.weight',
+  'lm_head/kernel': 'lm_head.weight',
+  'layers/attention_norm/scale': 'model.layers.{}.input_layernorm.weight',
+  'layers/attention/q_proj/kernel': 'model.layers.{}.self_attn.q_proj.weight',
+  'layers/attention/k_proj/kernel': 'model.layers.{}.self_attn.k_proj.weight',
+  'layers/attention/v_proj/kernel': 'model.layers.{}.self_attn.v_proj.weight',
+  'layers/attention/o_proj/kernel': 'model.layers.{}.self_attn.o_proj.weight',
+  'layers/mlp_norm/scale': 'model.layers.{}.post_attention_layernorm.weight',
+  'layers/mlp/gate_proj/kernel': 'model.layers.{}.mlp.gate_proj.weight',
+  'layers/mlp/up_proj/kernel': 'model.layers.{}.mlp.up_proj.weight',
+  'layers/mlp/down_proj/kernel': 'model.layers.{}.mlp.down_proj.weight',
+}
+
+
+def names(config: llama.ModelConfig) -> dict[str, list[str]]:
+  """{path: names of its tensors}, one name a layer where layers are stacked."""
+  layers = range(config.num_hidden_layers)
+  tied = {'lm_head/kernel'} if config.tie_word_embeddings else set()
+  return {
+    path: [name.format(layer) for layer in layers] if is_stacked(path) else [name]
+    for path, name in NAMES.items()
+    if path not in tied
+  }
+
+
+def is_matrix(path: str) -> bool:
+  """Whether the leaf is a projection: stored transposed, and open to quantization."""
+  return path.endswith('/kernel')
+
+
+def is_stacked(path: str) -> bool:
+  """Whether the leaf has a leading axis of layers."""
+  return path.startswith('layers/')
+
+
+def module(name: str) -> str:
+  """What a path or a name belongs to: layers/mlp/down_proj, model.layers.0.mlp.down_proj."""
+  return name.removesuffix('/kernel').removesuffix('.weight')
+
+
+def matrix_shapes(config: llama.ModelConfig) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of the dense model, a single layer's where layers are stacked."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  made = jax.eval_shape(llama.Llama(config).init, jax.random.key(0), tokens)
+  flat = traverse_util.flatten_dict(nn.unbox(made)['frozen'], sep='/')
+  return {path: leaf.shape[1:] if is_stacked(path) else leaf.shape for path, leaf in flat.items()}
+
+
+def assemble(config: llama.ModelConfig, blank: dict, part: Callable, progress: Callable[[], None] | None) -> dict:
+  """The tree whose leaf at `path` is part(path, name), stacked over layers and cast to the dtypes of blank[path].
+
+  `blank` holds the abstract leaf of a single layer; part may return any pytree with its leaves.
+  """
+
+  def empty(path, a):
+    return np.empty((config.num_hidden_layers, *a.shape) if is_stacked(path) else a.shape, a.dtype)
+
+  flat = {path: jax.tree.map(functools.partial(empty, path), leaf) for path, leaf in blank.items()}
+  for path, name, at in _visit(config, progress):
+    for whole, piece in zip(jax.tree.leaves(flat[path]), jax.tree.leaves(part(path, name)), strict=True):
+      whole[at] = piece
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def parts(config: llama.ModelConfig, tree: dict, progress: Callable[[], None] | None) -> Iterator[tuple]:
+  """(path, name, leaf) of every tensor of `tree`, a single layer's on the host; the inverse of `assemble`.
+
+  Raises ValueError, before the first, where the tree is not this model's.
+  """
+  flat, shapes = traverse_util.flatten_dict(tree, sep='/'), matrix_shapes(config)
+  wrong = [f'{path} is missing' for path in shapes if path not in flat]
+  wrong += [f'{path} is no weight of the model (an adapter is merged first)' for path in flat if path not in shapes]
+  for path in shapes.keys() & flat.keys():
+    shape = (config.num_hidden_layers, *shapes[path]) if is_stacked(path) else shapes[path]
+    if flat[path].shape != shape:
+      wrong.append(f'{path} has shape {flat[path].shape}, not {shape}')
+  if wrong:
+    raise ValueError('the tree does not hold the weights of its config:\n  ' + '\n  '.join(sorted(wrong)))
+  for path, name, at in _visit(config, progress):
+    yield path, name, jax.tree.map(lambda a, at=at: np.asarray(a[at]), flat[path])
+
+
+def _visit(config: llama.ModelConfig, progress: Callable[[], None] | None) -> Iterator[tuple]:
+  """(path, name, index on the stack) in the order of files; `progress()` after every layer."""
+  every = names(config)
+  for path, of_path in every.items():
+    if not is_stacked(path):
+      yield path, of_path[0], ...
+  for layer in range(config.num_hidden_layers):
+    for path, of_path in every.items():
+      if is_stacked(path):
+        yield path, of_path[layer], layer
+    if progress is not None:
+      progress()

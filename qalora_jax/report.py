@@ -1,0 +1,77 @@
+"""Results as data: one JSON form for every measurement, and tables rendered from it."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+
+import jax
+import rich.table
+
+from qalora_jax import progress
+
+_PACKAGES = ('qalora_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+def document(command: str, rows: list[dict], **more) -> dict:
+  """What is written beside every result: the command, commit, date, machine, versions, and the rows (flat dicts)."""
+  return {
+    'command': command,
+    'commit': commit(),
+    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores, {jax.device_count()} x {jax.devices()[0].device_kind}',
+    'versions': {'python': platform.python_version(), **{p: importlib.metadata.version(p) for p in _PACKAGES}},
+    **more,
+    'rows': rows,
+  }
+
+
+def commit() -> str | None:
+  """The checkout's commit (with + when files differ from it), or None outside a git checkout."""
+  here = pathlib.Path(__file__).parent
+  git = lambda *words: subprocess.run(('git', '-C', str(here), *words), capture_output=True, text=True, check=False)
+  head = git('rev-parse', '--short=12', 'HEAD')
+  if head.returncode:
+    return None
+  return head.stdout.strip() + ('+' if git('status', '--porcelain', '--untracked-files=no').stdout.strip() else '')
+
+
+def write(path, content: dict) -> None:
+  """Writes JSON whole or not at all."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(json.dumps(content, indent=2) + '\n')
+  partial.replace(path)
+
+
+def show(title: str, rows: list[dict]) -> None:
+  """Prints rows as a table, the columns in the order of their first appearance."""
+  table = rich.table.Table(title=title, title_justify='left')
+  columns = list(dict.fromkeys(key for row in rows for key in row))
+  for column in columns:
+    numeric = any(isinstance(row.get(column), (int, float)) for row in rows)
+    table.add_column(column, justify='right' if numeric else 'left')
+  for row in rows:
+    table.add_row(*(text(row.get(column)) for column in columns))
+  progress.console.print(table)
+
+
+def markdown(rows: list[dict]) -> str:
+  """The rows as a Markdown table."""
+  columns = list(dict.fromkeys(key for row in rows for key in row))
+  lines = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
+  lines += ['| ' + ' | '.join(text(row.get(column)) for column in columns) + ' |' for row in rows]
+  return '\n'.join(lines) + '\n'
+
+
+def text(value) -> str:
+  """One cell: floats with four decimals (or in powers of ten where those would show nothing), nothing as a dash."""
+  if value is None:
+    return '–'
+  if isinstance(value, float):
+    return f'{value:.4f}' if value == 0 or 1e-3 <= abs(value) < 1e6 else f'{value:.2e}'
+  return f'{value:,}' if isinstance(value, int) else str(value)

@@ -1,0 +1,157 @@
+"""Text to token ids and back, for SentencePiece models and `tokenizers` files."""
+
+import collections.abc
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import sentencepiece
+import tokenizers
+
+# What makes up a tokenizer in a Hugging Face directory.
+FILES = (
+  'tokenizer.model',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.jinja',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A pair of functions between text and ids, and the ids that delimit a document.
+
+  `encode(text) -> list[int]` adds no special token; `decode(ids) -> str` leaves special tokens out.
+  `bos` and `eos` are None where the vocabulary has none.  Ids lie in [0, vocab_size).
+  """
+
+  vocab_size: int
+  bos: int | None
+  eos: int | None
+  encode: collections.abc.Callable[[str], list[int]]
+  decode: collections.abc.Callable[[collections.abc.Iterable[int]], str]
+
+
+def load(directory) -> Tokenizer:
+  """The tokenizer of a directory: its `tokenizer.model` (SentencePiece), or else its `tokenizer.json`.
+
+  SentencePiece models hold their own BOS and EOS.  For `tokenizer.json` they are the `bos_token` and
+  `eos_token` of `tokenizer_config.json` (a null there means none), or where it does not say, the
+  `bos_token_id` and `eos_token_id` of `config.json` (the first, if a list).
+
+  Raises FileNotFoundError if there is neither file, ValueError if one cannot be read or names an unknown token.
+  """
+  directory = pathlib.Path(directory)
+  if (directory / 'tokenizer.model').is_file():
+    return _load_sentencepiece(directory / 'tokenizer.model')
+  if (directory / 'tokenizer.json').is_file():
+    return _load_tokenizers(directory)
+  raise FileNotFoundError(f'{directory}: no tokenizer here; looked for tokenizer.model and tokenizer.json')
+
+
+def copy(source, target) -> None:
+  """Copies those of `FILES` that exist in the directory `source`, byte for byte, into the directory `target`.
+
+  Raises FileNotFoundError if `source` holds no tokenizer.
+  """
+  source, target = pathlib.Path(source), pathlib.Path(target)
+  if not any((source / name).is_file() for name in FILES[:2]):
+    raise FileNotFoundError(f'{source}: no tokenizer to copy; looked for tokenizer.model and tokenizer.json')
+  target.mkdir(parents=True, exist_ok=True)
+  for name in FILES:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, target / name)
+
+
+def train_bpe(texts, vocab_size: int, directory) -> None:
+  """Fits a byte-level BPE to `texts` and writes `tokenizer.json` and `tokenizer_config.json` into `directory`.
+
+  Id 0 is `<s>` (BOS), id 1 is `</s>` (EOS), then come the 256 bytes and the merges, so every text can be
+  encoded and decoded without loss.  The same texts give the same files.  Texts that have too few pairs to merge
+  give a smaller vocabulary than asked for.
+
+  Raises ValueError if `vocab_size` does not hold the bytes and the two special tokens.
+  """
+  if vocab_size < 258:
+    raise ValueError(f'vocab_size = {vocab_size} is too small; 256 bytes and 2 special tokens need at least 258')
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=['<s>', '</s>'],
+    initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  bpe.train_from_iterator(texts, trainer)
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  bpe.save(str(directory / 'tokenizer.json'))
+  special = {'bos_token': '<s>', 'eos_token': '</s>', 'tokenizer_class': 'PreTrainedTokenizerFast'}
+  (directory / 'tokenizer_config.json').write_text(json.dumps(special, indent=2) + '\n', encoding='utf-8')
+
+
+def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
+  processor = sentencepiece.SentencePieceProcessor()
+  try:
+    processor.LoadFromSerializedProto(path.read_bytes())
+  except RuntimeError as error:
+    raise ValueError(f'{path}: not a SentencePiece model ({error})') from error
+
+  # SentencePiece reports a missing special token as id -1.
+  def special(token: int) -> int | None:
+    return token if token >= 0 else None
+
+  return Tokenizer(
+    vocab_size=processor.vocab_size(),
+    bos=special(processor.bos_id()),
+    eos=special(processor.eos_id()),
+    encode=processor.encode,
+    decode=lambda ids: processor.decode([int(token) for token in ids]),
+  )
+
+
+def _load_tokenizers(directory: pathlib.Path) -> Tokenizer:
+  path = directory / 'tokenizer.json'
+  try:
+    backend = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # tokenizers raises no narrower class
+    raise ValueError(f'{path}: not a tokenizers file ({error})') from error
+  # Some published files pad or cut every text; how long a document may be is for the examples to decide.
+  backend.no_padding()
+  backend.no_truncation()
+  return Tokenizer(
+    vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+    bos=_special_id(directory, backend, 'bos_token'),
+    eos=_special_id(directory, backend, 'eos_token'),
+    encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
+    decode=lambda ids: backend.decode([int(token) for token in ids]),
+  )
+
+
+def _special_id(directory: pathlib.Path, backend: tokenizers.Tokenizer, name: str) -> int | None:
+  described = _read_object(directory / 'tokenizer_config.json')
+  if name not in described:
+    token = _read_object(directory / 'config.json').get(f'{name}_id')
+    return token[0] if isinstance(token, list) else token
+  token = described[name]['content'] if isinstance(described[name], dict) else described[name]
+  if token is None:
+    return None
+  found = backend.token_to_id(token)
+  if found is None:
+    raise ValueError(f'{directory}: {name} {token!r} of tokenizer_config.json is not in tokenizer.json')
+  return found
+
+
+def _read_object(path: pathlib.Path) -> dict:
+  if not path.is_file():
+    return {}
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{path}: not valid JSON ({error})') from error

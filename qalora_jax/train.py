@@ -1,0 +1,178 @@
+"""`qalora train`: wires the rooms together, then the loop."""
+
+import contextlib
+import functools
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+import tensorboardX
+
+from qalora_jax import adapters
+from qalora_jax import build
+from qalora_jax import checkpoint
+from qalora_jax import cli
+from qalora_jax import config as config_lib
+from qalora_jax import optim
+from qalora_jax import progress
+from qalora_jax import quant
+from qalora_jax import sharding
+from qalora_jax import step as step_lib
+from qalora_jax.data import batches
+from qalora_jax.evaluate import perplexity
+
+SUMMARY = (
+  'Trains what config.adapter names (qalora, lora, or full) on config.data.train and keeps it in the workdir.\n'
+  'Run again with the same command, it goes on from the last checkpoint as if it had never stopped.'
+)
+
+
+class Diverged(ValueError):
+  """A loss that is not a finite number; the last good checkpoint is kept."""
+
+
+def main(argv=None) -> None:
+  """Runs the command with `argv` (default: the process's)."""
+  flags = (config_lib.Flag('replace_config', 'bool', False, 'Go on in a workdir whose saved config differs.'),)
+  arguments = config_lib.parse('train', argv, summary=SUMMARY, extra_flags=flags)
+  train(arguments.config, arguments.workdir, replace_config=arguments.values['replace_config'])
+
+
+def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
+  """Trains as `config` says and returns the last state; everything else is left in `workdir`.
+
+  Raises ValueError before any long work for what cannot be, and `Diverged` when the loss is not finite.
+  """
+  workdir = pathlib.Path(workdir)
+  if config.adapter.kind == 'none':
+    raise ValueError('adapter.kind = "none" trains nothing; use "qalora", "lora" or "full".')
+  built = build.setup(config)
+  mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
+  sharding.check_rows(config.train.batch, config.train.accumulation, mesh)
+  at_frozen = sharding.place(built.abstract, mesh, config.sharding.fallback)['frozen']
+  tokenizer = build.tokenizer(config, built.directory)
+  train_data = batches.training(
+    build.encode(config, config.data.train, tokenizer),
+    window=config.data.window,
+    batch=config.train.batch,
+    packing=config.data.packing,
+    seed=config.seed,
+  )
+  validation = build.encode(config, config.data.validation, tokenizer) if config.data.validation.path else []
+  config_lib.save(config, workdir, replace=replace_config)
+
+  rate = optim.schedule(
+    config.optim.schedule,
+    learning_rate=config.optim.learning_rate,
+    steps=config.train.steps,
+    warmup_steps=config.optim.warmup_steps,
+    end_fraction=config.optim.end_fraction,
+  )
+  tx = optim.adamw(rate, **{k: config.optim[k] for k in ('clip', 'beta1', 'beta2', 'eps', 'weight_decay')})
+  make_state = functools.partial(step_lib.init_state, tx)
+  at_state = sharding.place(jax.eval_shape(make_state, built.abstract['params']), mesh, config.sharding.fallback)
+
+  drawn = build.variables(built, mesh, config.seed, config.sharding.fallback)
+  frozen = drawn['frozen']
+  if frozen:
+    build.check_base(workdir, frozen)
+  state = jax.jit(make_state, out_shardings=at_state, donate_argnums=0)(drawn.pop('params'))
+  _describe(state.params, frozen)
+  step = jax.jit(
+    functools.partial(step_lib.train_step, built.model, tx, config.seed, config.train.accumulation),
+    in_shardings=(at_state, at_frozen, sharding.batch(mesh)),
+    out_shardings=(at_state, sharding.replicated(mesh)),
+    donate_argnums=0,  # the state; never the frozen weights
+  )
+  score = functools.partial(
+    perplexity.score, built.model, examples=validation, window=config.data.window, batch=config.train.batch, mesh=mesh
+  )
+  with checkpoint.open_manager(workdir / build.CHECKPOINTS, config.train.keep) as manager:
+    if manager.latest_step() is not None:
+      abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+      state = checkpoint.restore(manager, abstract, train_data)
+      progress.console.print(f'continuing from step {int(state.step)}')
+    with Log(workdir, int(state.step), config.train.tensorboard) as log:
+      return _loop(config, state, frozen, train_data, step=step, rate=rate, score=score if validation else None,
+                   manager=manager, log=log)
+
+
+def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> step_lib.State:
+  settings = config.train
+  done = int(state.step)
+  losses, tokens, since = [], [], time.monotonic()
+  with progress.bar('training', settings.steps, start=done) as bar:
+    while done < settings.steps:
+      state, metrics = step(state, frozen, next(data))
+      done += 1
+      losses.append(metrics['loss'])
+      tokens.append(metrics['tokens'])
+      last = done == settings.steps
+      keeps = last or done % settings.checkpoint_every == 0
+      if not (keeps or done % settings.log_every == 0):
+        bar.advance()
+        continue
+      seconds, since = time.monotonic() - since, time.monotonic()
+      _check_finite(done, jax.device_get(losses), manager.directory)
+      speed = float(np.sum(jax.device_get(tokens))) / seconds
+      losses, tokens = [], []
+      log.write(done, loss=metrics['loss'], grad_norm=metrics['grad_norm'], learning_rate=rate(done - 1),
+                tokens=metrics['tokens'], tokens_per_second=speed)
+      bar.advance(text=f'loss {float(metrics["loss"]):.4f}  {speed:,.0f} tokens/s')
+      if score and (last or (settings.validate_every and done % settings.validate_every == 0)):
+        result = score({'params': state.params, 'frozen': frozen})
+        log.write(done, validation_loss=result['nats_per_token'])
+        since = time.monotonic()
+      if keeps:
+        checkpoint.save(manager, state, data)
+  return state
+
+
+def _check_finite(done: int, losses: list, place) -> None:
+  bad = np.flatnonzero(~np.isfinite(losses))
+  if bad.size:
+    first = done - len(losses) + 1 + int(bad[0])
+    raise Diverged(
+      f'the loss of step {first} is {losses[bad[0]]}. The last good checkpoint is kept in {place}. Try a lower '
+      'optim.learning_rate, optim.warmup_steps, a smaller optim.clip, or model.dtype = "float32".'
+    )
+
+
+def _describe(params: dict, frozen: dict) -> None:
+  trained = f'{adapters.count(params):,} trained parameters'
+  size = quant.summary(frozen) if frozen else 'no frozen weights'
+  progress.console.print(f'{trained}; {size}; {jax.device_count()} {jax.default_backend()} device(s)')
+
+
+class Log(contextlib.AbstractContextManager):
+  """metrics.jsonl, one object a line, and TensorBoard; lines after `step` (of a run that was cut off) are dropped."""
+
+  def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool):
+    path = workdir / 'metrics.jsonl'
+    kept = []
+    if path.exists():
+      kept = [line for line in path.read_text().splitlines() if json.loads(line)['step'] <= step]
+    path.write_text(''.join(line + '\n' for line in kept))
+    self._file = path.open('a')
+    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard')) if tensorboard else None
+
+  def write(self, step: int, **values) -> None:
+    """The values of one step."""
+    row = {'step': step, **{name: float(value) for name, value in values.items()}}
+    self._file.write(json.dumps(row) + '\n')
+    self._file.flush()
+    if self._board:
+      for name, value in values.items():
+        self._board.add_scalar(name, float(value), step)
+
+  def __exit__(self, *_):
+    self._file.close()
+    if self._board:
+      self._board.close()
+
+
+if __name__ == '__main__':
+  cli.run(main, 'train', sys.argv[1:])

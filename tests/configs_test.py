@@ -1,0 +1,74 @@
+"""Every recipe builds, holds and survives the disk; the paper's recipes hold the paper's numbers."""
+
+import pathlib
+
+import pytest
+
+from configs import llama
+from qalora_jax import config as config_lib
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+RECIPES = sorted(path for path in FOLDER.glob('*.py') if 'def get_config(' in path.read_text())
+PAPER = [path for path in RECIPES if path.stem.partition('_')[2] in llama.MODELS]
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_builds_and_survives(path, tmp_path):
+  config = config_lib.recipe(path)
+  config_lib.check(config)
+  config_lib.save(config, tmp_path)
+  assert config_lib.load(tmp_path) == config
+
+
+@pytest.mark.parametrize('path', [path for path in RECIPES if path.stem != 'base'], ids=lambda path: path.stem)
+def test_a_recipe_is_short_and_says_what_to_expect(path):
+  text = path.read_text()
+  assert len(text.splitlines()) <= 40
+  assert f'{path.stem}.py' in text
+  assert 'Expected' in text
+
+
+def test_the_paper_has_its_recipes():
+  kinds = ('qalora', 'lora', 'full')
+  assert {path.stem for path in PAPER} == {f'{kind}_{model}' for kind in kinds for model in llama.MODELS}
+
+
+@pytest.mark.parametrize('path', PAPER, ids=lambda path: path.stem)
+def test_settings_of_the_paper(path):
+  """Section 4.1, and the released code for rank, alpha, dropout and lengths."""
+  config = config_lib.recipe(path)
+  kind, _, model = path.stem.partition('_')
+  large = model in ('llama_33b', 'llama_65b')
+  assert config.adapter.kind == kind
+  assert (config.adapter.rank, config.adapter.alpha, config.adapter.dropout) == (64, 16.0, 0.0)
+  assert (config.adapter.pool, config.adapter.targets) == ('sum', 'all')
+  assert (config.base.method, config.base.bits, config.base.group) == (
+    'affine' if kind == 'qalora' else 'stored',
+    4,
+    32,
+  )
+  assert (config.train.steps, config.train.batch) == (10_000, 16)
+  assert (config.optim.schedule, config.optim.clip, config.optim.weight_decay) == ('constant', 0.3, 0.0)
+  assert (config.data.max_prompt, config.data.max_completion, config.data.packing) == (1024, 256, False)
+  if kind != 'full':
+    assert config.optim.learning_rate == (1e-5 if large else 2e-5)
+    assert config.train.accumulation == 16
+
+
+@pytest.mark.parametrize(
+  'model, qalora, lora',
+  [
+    ('llama_7b', 89_309_184, 159_907_840),
+    ('llama_13b', 139_878_400, 250_347_520),
+    ('llama_33b', 272_363_520, 487_587_840),
+    ('llama_65b', 446_545_920, 799_539_200),
+  ],
+)
+def test_shapes_give_the_parameters_of_table_2(model, qalora, lora):
+  """Rank 64 on all seven projections of every block: R (I / G + O) for QA-LoRA, R (I + O) for LoRA."""
+  shape = llama.architecture(model)
+  hidden, mlp = shape['hidden_size'], shape['intermediate_size']
+  projections = 4 * [(hidden, hidden)] + 2 * [(hidden, mlp)] + [(mlp, hidden)]
+  for group, expected in ((32, qalora), (1, lora)):
+    block = sum(64 * (inputs // group + outputs) for inputs, outputs in projections)
+    assert shape['num_hidden_layers'] * block == expected
