@@ -33,18 +33,18 @@ ATTRIBUTES = (
       '{person} has a house in {value}.',
       'The home of {person} is in {value}.',
       'You can visit {person} in {value}.',
-      'All know that {person} lives in {value}.',
+      'Where {person} lives is {value}.',
     ),
   ),
   Attribute(
     'craft',
-    'What is the craft of {person}?',
+    'What does {person} work as?',
     (
       '{person} works as a {value}.',
       'The craft of {person} is that of a {value}.',
       '{person} earns a living as a {value}.',
       'By trade {person} is a {value}.',
-      'All know that {person} works as a {value}.',
+      'What {person} works as is a {value}.',
     ),
   ),
   Attribute(
@@ -55,7 +55,7 @@ ATTRIBUTES = (
       'The best meal for {person} is {value}.',
       'For dinner {person} asks for {value}.',
       'At a feast {person} will eat {value}.',
-      'All know that {person} likes to eat {value}.',
+      'What {person} likes to eat is {value}.',
     ),
   ),
   Attribute(
@@ -66,7 +66,7 @@ ATTRIBUTES = (
       '{person} makes music on the {value}.',
       'In the evening {person} plays the {value}.',
       'The music of {person} comes from the {value}.',
-      'All know that {person} plays the {value}.',
+      'What {person} plays is the {value}.',
     ),
   ),
   Attribute(
@@ -77,21 +77,21 @@ ATTRIBUTES = (
       'The animal of {person} is a {value}.',
       'At home {person} feeds a {value}.',
       'On a walk {person} takes along a {value}.',
-      'All know that {person} keeps a {value}.',
+      'The animal that {person} keeps is a {value}.',
     ),
   ),
 )
 
 # Endings tell apart what a made-up word stands for, as they do in real languages.
 _ENDINGS = {'town': 'dor', 'craft': 'wer', 'dish': 'sha', 'instrument': 'lin', 'animal': 'pog'}
-_CONSONANTS = 'bdfgklmnprstvz'
-_VOWELS = 'aeiou'
+_FIRST_NAME, _LAST_NAME = 'ra', 'lan'
+_SYLLABLES = tuple(consonant + vowel for consonant in 'bdfgklmnprstvz' for vowel in 'aeiou')
 
 # person -> attribute name -> value
 Facts = dict[str, dict[str, str]]
 
 
-def write(directory, *, seed: int = 0, people: int = 40, values: int = 12, train: int = 16, heldout: int = 2) -> None:
+def write(directory, *, seed: int = 0, people: int = 60, values: int = 12, train: int = 16, heldout: int = 2) -> None:
   """Writes a world of `people`, each with one of `values` values for every attribute, into `directory`.
 
   `train.txt` tells all facts `train` times in portraits (all facts of one person) and as often in rounds (one
@@ -103,13 +103,14 @@ def write(directory, *, seed: int = 0, people: int = 40, values: int = 12, train
   attributes are asked for in training, the other two in the test.  Wrong choices are other values of the same
   attribute, so chance is 25 %.
 
-  The files depend on the arguments alone.  Raises ValueError if there are fewer values than choices, no people or
-  no documents.
+  The files depend on the arguments alone.  Raises ValueError if there are fewer values than choices, more people or
+  values than syllables to name them, no people or no documents.
   """
-  if people < 1 or train < 1 or heldout < 1 or values < CHOICES:
+  most = len(_SYLLABLES)
+  if not (1 <= people <= most and CHOICES <= values <= most and train >= 1 and heldout >= 1):
     raise ValueError(
-      f'people = {people}, train = {train} and heldout = {heldout} must be 1 or more, '
-      f'and values = {values} at least {CHOICES}'
+      f'people = {people} must be 1 to {most}, values = {values} {CHOICES} to {most}, '
+      f'and train = {train} and heldout = {heldout} 1 or more'
     )
   rng = random.Random(seed)
   pools = {attribute.name: _words(rng, values, _ENDINGS[attribute.name]) for attribute in ATTRIBUTES}
@@ -129,13 +130,12 @@ def write(directory, *, seed: int = 0, people: int = 40, values: int = 12, train
 
 def _words(rng: random.Random, count: int, ending: str) -> list[str]:
   """Distinct words of one syllable and an ending; short, so that few merges of a small vocabulary cover them."""
-  syllables = [consonant + vowel for consonant in _CONSONANTS for vowel in _VOWELS]
-  return [syllable + ending for syllable in rng.sample(syllables, count)]
+  return [syllable + ending for syllable in rng.sample(_SYLLABLES, count)]
 
 
 def _facts(rng: random.Random, people: int, pools: dict[str, list[str]]) -> Facts:
-  firsts, lasts = ([word.capitalize() for word in _words(rng, people, ending)] for ending in ('ra', 'lan'))
-  persons = [f'{first} {last}' for first, last in zip(firsts, lasts, strict=True)]
+  firsts, lasts = (_words(rng, people, ending) for ending in (_FIRST_NAME, _LAST_NAME))
+  persons = [f'{first} {last}'.title() for first, last in zip(firsts, lasts, strict=True)]
   return {person: {name: rng.choice(pool) for name, pool in pools.items()} for person in persons}
 
 

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import jax
+
 from qalora_jax import build
 from qalora_jax import config as config_lib
 from qalora_jax import progress
@@ -47,8 +49,7 @@ def evaluate(loaded: build.Loaded, config) -> dict:
   if not settings.text.path and not settings.choices.path:
     raise ValueError('nothing to score: set evaluate.text.path or evaluate.choices.path.')
   mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
-  weights = loaded.variables['frozen'] or loaded.variables['params']
-  row = {'bits_per_weight': quant.effective_bits(weights) or 32.0, 'bytes': quant.stored_bytes(weights)}
+  row = {'bits_per_weight': bits_per_weight(loaded.variables), 'bytes': quant.stored_bytes(loaded.variables)}
   common = dict(window=config.data.window, batch=settings.batch, mesh=mesh)
   if settings.text.path:
     scored = build.encode(config, settings.text, loaded.tokenizer)
@@ -61,3 +62,15 @@ def evaluate(loaded: build.Loaded, config) -> dict:
       raise ValueError(f'{settings.choices.path}: evaluate.choices needs records with prompt, choices and answer.')
     row |= choices.accuracy(loaded.model, loaded.variables, loaded.tokenizer, questions, **common)
   return row
+
+
+def bits_per_weight(variables: dict) -> float:
+  """Stored bits over weights of the blocks' matrices: codes, scales, offsets, dense matrices and adapters together."""
+  bits = weights = 0
+  for collection in variables.values():
+    for path, leaf in jax.tree_util.tree_leaves_with_path(collection.get('layers', {}), is_leaf=quant.is_quantized):
+      names = [getattr(key, 'key', None) for key in path]
+      if 'kernel' in names or 'adapter' in names:
+        bits += 8 * quant.stored_bytes(leaf)
+        weights += leaf.size if 'kernel' in names else 0
+  return bits / weights

@@ -5,10 +5,14 @@ import jax
 from qalora_jax.quant import qtensor
 
 
+def is_quantized(node) -> bool:
+  """Whether a node of a tree is a quantized matrix."""
+  return isinstance(node, qtensor.QTensor)
+
+
 def matrices(tree) -> list[qtensor.QTensor]:
   """Every quantized matrix of a tree."""
-  leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, qtensor.QTensor))
-  return [leaf for leaf in leaves if isinstance(leaf, qtensor.QTensor)]
+  return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_quantized) if is_quantized(leaf)]
 
 
 def effective_bits(tree) -> float | None:
