@@ -43,8 +43,8 @@ _E2E, _TINY = babyllama.ASSETS / 'nlg' / 'e2e', babyllama.ASSETS / 'tinystories'
 # Train, choose and evaluate on disjoint documents.  The E2E cuts fall between two meaning representations.
 DOMAINS = {
   'e2e': {
-    'data.train': dict(path=_E2E / 'valid.txt', stop=4364, **_PAIRS),
-    'data.validation': dict(path=_E2E / 'valid.txt', start=4364, stop=4564, **_PAIRS),
+    'data.train': dict(path=_E2E / 'valid.txt', stop=4365, **_PAIRS),
+    'data.validation': dict(path=_E2E / 'valid.txt', start=4365, stop=4566, **_PAIRS),
     'evaluate.text': dict(path=_E2E / 'test.txt', start=2000, stop=2200, overflow='split', **_PAIRS),
   },
   'stories': {
