@@ -10,7 +10,7 @@ A recipe is a short difference from this file:
       return config
 
 The tree is locked: a key that is not here is an error that suggests the nearest one, and
-so is a value outside the choices that `qalora_jax/config.py` lists.
+so is a value outside the choices that `qalora_jax/limits.py` lists.
 """
 
 import ml_collections
@@ -91,8 +91,8 @@ def get_config():
       group=32,
       # Whether codes are symmetric about zero (offset 0) rather than fitted to min and max.
       symmetric=False,
-      # Which matrices are quantized: 'all' (every projection of every block), 'attention', 'mlp', or a regular
-      # expression searched in names such as layers/mlp/down_proj.  Embedding, norms and head stay dense under all three words.
+      # Which matrices are quantized: 'all' (every projection of every block), 'attention', 'mlp' (embedding, norms and
+      # head stay dense under all three), or a regular expression searched in names such as layers/mlp/down_proj.
       targets='all',
     )
   )

@@ -34,7 +34,7 @@ CONFIG = ROOT / 'configs' / 'babyllama.py'
 RUNS = ROOT / 'runs' / 'babyllama'
 RESULTS = ROOT / 'experiments' / 'results' / 'babyllama'
 SEEDS, BITS = (0, 1, 2), (4, 3, 2)
-STEPS, BATCH, RANK, ALPHA = 150, 8, 8, 16.0
+STEPS, BATCH, RANK, ALPHA = 200, 4, 8, 16.0
 RATES = {'lora': (1e-3, 3e-3, 1e-2), 'qalora': (1e-4, 3e-4, 1e-3)}
 
 _PAIRS = dict(format='pairs', separator='||')
@@ -80,8 +80,16 @@ def train(domain: str, kind: str, bits: int | None, seed: int, rate: float) -> p
   workdir = RUNS / domain / f'{kind}-{bits or "dense"}-seed{seed}-{rate:g}'
   if not (workdir / 'finished').exists():
     chosen = overrides(
-      adapter__kind=kind, adapter__rank=RANK, adapter__alpha=ALPHA, seed=seed, optim__learning_rate=rate,
-      train__steps=STEPS, train__batch=BATCH, train__tensorboard=False, train__checkpoint_every=STEPS, train__keep=1,
+      adapter__kind=kind,
+      adapter__rank=RANK,
+      adapter__alpha=ALPHA,
+      seed=seed,
+      optim__learning_rate=rate,
+      train__steps=STEPS,
+      train__batch=BATCH,
+      train__tensorboard=False,
+      train__checkpoint_every=STEPS,
+      train__keep=1,
     )
     call('train', workdir, *domain_flags(domain), *base_flags(bits), *chosen)
     (workdir / 'finished').touch()

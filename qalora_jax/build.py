@@ -231,8 +231,9 @@ def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
     check_base(workdir, frozen)
     frozen = jax.device_put(frozen, at['frozen'])
   origin = {'workdir': str(workdir), 'step': step, 'source': config.model.source, 'adapter': config.adapter.kind}
-  return Loaded(built.model, {'frozen': frozen, 'params': params}, tokenizer(config, built.directory),
-                built.directory, origin)
+  return Loaded(
+    built.model, {'frozen': frozen, 'params': params}, tokenizer(config, built.directory), built.directory, origin
+  )
 
 
 def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
@@ -243,7 +244,6 @@ def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
   mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
   loaded = variables(built, mesh, config.seed, config.sharding.fallback)
   return Loaded(built.model, loaded, tokenizer(config, built.directory), built.directory, {'source': name})
-
 
 
 def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Loaded:

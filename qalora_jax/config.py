@@ -50,6 +50,8 @@ class Arguments:
 
 REPLACE = Flag('replace_config', 'bool', False, 'Let this config replace a different config.json in the workdir.')
 
+# What only a workdir holds; a model directory has a config.json too, Hugging Face's.
+_RUN_MARK = 'checkpoints'
 _FLAGS = (
   Flag('config', 'string', None, 'A recipe: a Python file with get_config().  Default: config.json of the workdir.'),
   Flag('workdir', 'string', None, 'The directory of this run: config.json, checkpoints, metrics, results.'),
@@ -85,6 +87,9 @@ def parse(verb, argv, *, summary, extra_flags=()):
     config = recipe(recipe_path)
   elif workdir is not None and (workdir / FILE).is_file():
     config = load(workdir)
+  elif values.get('model'):
+    # A model that is no run says nothing about data or sampling: the defaults and the overrides do.
+    config = load(values['model']) if (pathlib.Path(values['model']) / _RUN_MARK).is_dir() else default()
   else:
     raise ValueError(f'no --config, and no {FILE} in --workdir={workdir or ""}; {example}')
   config = _override(config, overrides)

@@ -60,8 +60,15 @@ def main(argv=None) -> str:
 
 
 def stream(
-  model: nn.Module, variables: dict, tokens: list[int], *, max_tokens: int, key,
-  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+  model: nn.Module,
+  variables: dict,
+  tokens: list[int],
+  *,
+  max_tokens: int,
+  key,
+  temperature: float = 0.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
 ):
   """Yields up to `max_tokens` token ids that continue `tokens`; stops at the model's window.
 

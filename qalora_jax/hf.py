@@ -145,6 +145,8 @@ def load(
 
   def part(path, name):
     stored = tensors.read(name, found[name])
+    if not np.isfinite(stored).all():
+      raise ValueError(f'{directory}: {name} holds NaN or infinite entries; the checkpoint is damaged, get it again.')
     if quantizers[path] is not None:
       return quantize[quantizers[path]](stored)
     return stored.T if layout.is_matrix(path) else stored

@@ -1,13 +1,15 @@
 """Progress bars on a terminal, a plain line now and then elsewhere."""
 
+from collections.abc import Iterator
 import contextlib
 import time
-from collections.abc import Iterator
 
 import rich.console
 import rich.progress
 
 console = rich.console.Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+  console.width = 160  # a log has no edge that a table would have to be cut at
 
 
 class Bar:

@@ -8,6 +8,7 @@ from qalora_jax import config as config_lib
 from qalora_jax import packed
 from qalora_jax import progress
 from qalora_jax import quant
+from qalora_jax import tensors
 
 SUMMARY = (
   'Quantizes config.model.source as config.base says, weight by weight as it is read, and writes it to --workdir:\n'
@@ -23,6 +24,7 @@ def main(argv=None) -> None:
     raise ValueError('base.method = "stored" leaves the weights as they are; choose "affine".')
   if config.model.source == 'scratch':
     raise ValueError('model.source = "scratch" has no weights to quantize; train it, export it, then name the export.')
+  tensors.refuse_existing(workdir)
   config.adapter.kind = 'none'
   built = build.setup(config)
   if packed.is_packed(built.directory):

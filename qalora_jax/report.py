@@ -49,8 +49,10 @@ def write(path, content: dict) -> None:
 
 
 def show(title: str, rows: list[dict]) -> None:
-  """Prints rows as a table, the columns in the order of their first appearance."""
+  """Prints rows as a table, the columns in the order of their first appearance; a single row stands upright."""
   table = rich.table.Table(title=title, title_justify='left')
+  if len(rows) == 1:
+    rows = [{'': name, ' ': text(value)} for name, value in rows[0].items()]
   columns = list(dict.fromkeys(key for row in rows for key in row))
   for column in columns:
     numeric = any(isinstance(row.get(column), (int, float)) for row in rows)

@@ -115,15 +115,21 @@ def write(directory, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
   write_json(directory / INDEX, {'metadata': {'total_size': total}, 'weight_map': dict(sorted(placed.items()))})
 
 
+def refuse_existing(directory) -> None:
+  """Raises ValueError where `directory` exists and is not an empty directory: nothing is ever overwritten."""
+  target = pathlib.Path(directory)
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise ValueError(f'{directory} exists and is not empty; name another directory or remove it first.')
+
+
 @contextlib.contextmanager
 def fresh(directory) -> Iterator[pathlib.Path]:
   """A temporary sibling that becomes `directory` when the block ends and vanishes when it raises.
 
   Raises ValueError where `directory` exists and is not an empty directory.
   """
+  refuse_existing(directory)
   target = pathlib.Path(directory).absolute()
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise ValueError(f'{directory} exists and is not empty; name another directory or remove it first.')
   target.parent.mkdir(parents=True, exist_ok=True)
   temporary = target.parent / f'.{target.name}.{os.getpid()}.unfinished'
   temporary.mkdir()

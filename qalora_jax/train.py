@@ -36,9 +36,8 @@ class Diverged(ValueError):
 
 def main(argv=None) -> None:
   """Runs the command with `argv` (default: the process's)."""
-  flags = (config_lib.Flag('replace_config', 'bool', False, 'Go on in a workdir whose saved config differs.'),)
-  arguments = config_lib.parse('train', argv, summary=SUMMARY, extra_flags=flags)
-  train(arguments.config, arguments.workdir, replace_config=arguments.values['replace_config'])
+  arguments = config_lib.parse('train', argv, summary=SUMMARY, extra_flags=(config_lib.REPLACE,))
+  train(arguments.config, arguments.workdir, replace_config=arguments.values[config_lib.REPLACE.name])
 
 
 def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
@@ -96,8 +95,17 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
       state = checkpoint.restore(manager, abstract, train_data)
       progress.console.print(f'continuing from step {int(state.step)}')
     with Log(workdir, int(state.step), config.train.tensorboard) as log:
-      return _loop(config, state, frozen, train_data, step=step, rate=rate, score=score if validation else None,
-                   manager=manager, log=log)
+      return _loop(
+        config,
+        state,
+        frozen,
+        train_data,
+        step=step,
+        rate=rate,
+        score=score if validation else None,
+        manager=manager,
+        log=log,
+      )
 
 
 def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> step_lib.State:
@@ -119,8 +127,14 @@ def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> st
       _check_finite(done, jax.device_get(losses), manager.directory)
       speed = float(np.sum(jax.device_get(tokens))) / seconds
       losses, tokens = [], []
-      log.write(done, loss=metrics['loss'], grad_norm=metrics['grad_norm'], learning_rate=rate(done - 1),
-                tokens=metrics['tokens'], tokens_per_second=speed)
+      log.write(
+        done,
+        loss=metrics['loss'],
+        grad_norm=metrics['grad_norm'],
+        learning_rate=rate(done - 1),
+        tokens=metrics['tokens'],
+        tokens_per_second=speed,
+      )
       bar.advance(text=f'loss {float(metrics["loss"]):.4f}  {speed:,.0f} tokens/s')
       if score and (last or (settings.validate_every and done % settings.validate_every == 0)):
         result = score({'params': state.params, 'frozen': frozen})

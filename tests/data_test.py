@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from qalora_jax import tokenizer as tokenizer_lib
-from qalora_jax.data import batches, examples, records
+from qalora_jax.data import batches
+from qalora_jax.data import examples
+from qalora_jax.data import records
 
 BOS, EOS = 256, 257
 

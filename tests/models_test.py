@@ -24,11 +24,12 @@ CONFIG = llama.ModelConfig(
   num_key_value_heads=2,
   max_position_embeddings=64,
 )
+TRAINED = linear.Scheme(trains=True)
 FOUR_BITS = (('all', affine.Affine(4, 16)),)
 
 
 @functools.cache
-def born(scheme=linear.Scheme(trains=True), config=CONFIG, scale=5.0):
+def born(scheme=TRAINED, config=CONFIG, scale=5.0):
   """A model and its variables, weights large enough that every part matters."""
 
   @jax.jit
@@ -93,9 +94,7 @@ def test_grouped_queries_are_repeated_keys():
   wide = {'params': variables['params'] | {'layers': layers | {'attention': attention}}}
   tokens = random_tokens(3, 2, 12)
   want = run(model, variables, tokens)
-  np.testing.assert_allclose(
-    run(llama.Llama(full), wide, tokens), want, rtol=0, atol=1e-5 * float(jnp.abs(want).max())
-  )
+  np.testing.assert_allclose(run(llama.Llama(full), wide, tokens), want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -148,15 +147,18 @@ def test_the_scheme_says_what_is_born_where(kind):
   assert set(shapes['params']['layers']['attention']) == {'q_proj', 'k_proj', 'v_proj', 'o_proj'}
 
 
-@pytest.mark.parametrize('targets, name, selected', [
-  ('all', 'layers/mlp/down_proj', True),
-  ('all', 'lm_head', False),
-  ('attention', 'layers/attention/o_proj', True),
-  ('attention', 'layers/mlp/up_proj', False),
-  ('(q|v)_proj', 'layers/attention/v_proj', True),
-  ('(q|v)_proj', 'layers/attention/k_proj', False),
-  ('_proj$|lm_head', 'lm_head', True),
-])
+@pytest.mark.parametrize(
+  'targets, name, selected',
+  [
+    ('all', 'layers/mlp/down_proj', True),
+    ('all', 'lm_head', False),
+    ('attention', 'layers/attention/o_proj', True),
+    ('attention', 'layers/mlp/up_proj', False),
+    ('(q|v)_proj', 'layers/attention/v_proj', True),
+    ('(q|v)_proj', 'layers/attention/k_proj', False),
+    ('_proj$|lm_head', 'lm_head', True),
+  ],
+)
 def test_targets(targets, name, selected):
   assert linear.selects(targets, name) == selected
 

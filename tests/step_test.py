@@ -112,8 +112,14 @@ def test_the_loss_is_the_mean_over_counted_tokens():
 def test_only_adapters_train_and_the_base_stays_bit_identical(kind):
   model, frozen, params = born(kind)
   before = jax.tree.map(np.array, frozen)
-  tx = optim.adamw(optim.schedule('constant', learning_rate=0.01, steps=5), clip=1.0, beta1=0.9, beta2=0.999,
-                   eps=1e-8, weight_decay=0.1)
+  tx = optim.adamw(
+    optim.schedule('constant', learning_rate=0.01, steps=5),
+    clip=1.0,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    weight_decay=0.1,
+  )
   step = jax.jit(functools.partial(step_lib.train_step, model, tx, 0, 1), donate_argnums=0)
   state = step_lib.init_state(tx, jax.tree.map(jnp.copy, params))
   losses = []
@@ -147,20 +153,24 @@ def test_sharded_is_unsharded(kind, bits, shape):
   abstract = {'frozen': {}, **jax.eval_shape(model.init, jax.random.key(0), batch['tokens'])}
   at_frozen = sharding.place(abstract['frozen'], mesh)
   tx = optax.sgd(1.0)
-  at_state = sharding.place(
-    jax.eval_shape(functools.partial(step_lib.init_state, tx), abstract['params']), mesh
-  )
+  at_state = sharding.place(jax.eval_shape(functools.partial(step_lib.init_state, tx), abstract['params']), mesh)
   rows = sharding.batch(mesh)
   got, metrics = one_step(
-    model, jax.device_put(frozen, at_frozen), params, jax.device_put(batch, rows), tx=tx,
-    in_shardings=(at_state, at_frozen, rows), out_shardings=(at_state, sharding.replicated(mesh)),
+    model,
+    jax.device_put(frozen, at_frozen),
+    params,
+    jax.device_put(batch, rows),
+    tx=tx,
+    in_shardings=(at_state, at_frozen, rows),
+    out_shardings=(at_state, sharding.replicated(mesh)),
   )
   assert_trees_close(got.params, want.params)
   assert_trees_close(metrics, wanted)
   if shape == (2, 2, 2) and bits:
     down = at_frozen['layers']['mlp']['down_proj']['kernel']
-    assert down.scale.spec == down.offset.spec == down.planes[0].spec == jax.sharding.PartitionSpec(
-      None, 'tensor', 'fsdp')
+    assert (
+      down.scale.spec == down.offset.spec == down.planes[0].spec == jax.sharding.PartitionSpec(None, 'tensor', 'fsdp')
+    )
 
 
 def test_a_group_never_straddles_devices():
@@ -168,7 +178,9 @@ def test_a_group_never_straddles_devices():
   abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
   mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1)
   # 64 inputs in groups of 16 are 4 groups, over 8 devices.
-  with pytest.raises(ValueError, match=r"q_proj/kernel: its axis 'embed' has 4 parts.*fsdp = 8; use one of \[1, 2, 4\]"):
+  with pytest.raises(
+    ValueError, match=r"q_proj/kernel: its axis 'embed' has 4 parts.*fsdp = 8; use one of \[1, 2, 4\]"
+  ):
     sharding.place(abstract['frozen'], mesh)
   held = sharding.place(abstract['frozen'], mesh, fallback='replicate')
   assert held['layers']['attention']['q_proj']['kernel'].scale.spec == jax.sharding.PartitionSpec(None, None, 'tensor')

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from qalora_jax.data import records, world
+from qalora_jax.data import records
+from qalora_jax.data import world
 
 NAMES = ('train.txt', 'heldout.txt', 'questions_train.jsonl', 'questions_test.jsonl')
 
@@ -18,8 +19,7 @@ def directory(tmp_path_factory):
 
 def _texts(directory, name):
   return [
-    document.text
-    for document in records.read(records.Source(str(directory / name), 'text', separator=world.SEPARATOR))
+    document.text for document in records.read(records.Source(str(directory / name), 'text', separator=world.SEPARATOR))
   ]
 
 
@@ -77,7 +77,9 @@ def test_answers_have_no_favourite_place(tmp_path):
   assert all(abs(answers.count(place) - 100) < 4 * (400 * 3 / 16) ** 0.5 for place in range(world.CHOICES))
 
 
-@pytest.mark.parametrize('wrong', [{'people': 0}, {'people': 71}, {'values': 3}, {'values': 71}, {'train': 0}, {'heldout': 0}])
-def test_impossible_worlds_are_refused(tmp_path, wrong):
-  with pytest.raises(ValueError, match=next(iter(wrong))):
-    world.write(tmp_path, **wrong)
+@pytest.mark.parametrize(
+  ('name', 'value'), [('people', 0), ('people', 71), ('values', 3), ('values', 71), ('train', 0), ('heldout', 0)]
+)
+def test_impossible_worlds_are_refused(tmp_path, name, value):
+  with pytest.raises(ValueError, match=f'{name} = {value}'):
+    world.write(tmp_path, **{name: value})

@@ -48,9 +48,7 @@ def training(
   return iter(rows.batch(batch))
 
 
-def scoring(
-  examples: list[examples_lib.Example], *, window: int, batch: int
-) -> collections.abc.Iterator[Batch]:
+def scoring(examples: list[examples_lib.Example], *, window: int, batch: int) -> collections.abc.Iterator[Batch]:
   """Each example once, in order, one a row; with `rows` [B], the example's index, to put scores back.
 
   All batches have one shape: `batch` rows, of the longest example's length rounded up to a multiple of 32 but not

@@ -59,9 +59,7 @@ def encode(
   return examples
 
 
-def encode_question(
-  question: records.Question, tokenizer: tokenizer_lib.Tokenizer, window: int
-) -> list[Example]:
+def encode_question(question: records.Question, tokenizer: tokenizer_lib.Tokenizer, window: int) -> list[Example]:
   """One example per choice: BOS, prompt, choice, the choice carrying loss.
 
   All choices see the same prompt, cut at its front to what the longest choice leaves free in the window.
@@ -78,9 +76,7 @@ def encode_question(
       f'{_name(question)}: choices of {[len(choice) for choice in choices]} tokens and the prompt '
       f'do not fit into window = {window}, or one of them is empty'
     )
-  return [
-    _join(_bos(tokenizer), prompt, choice, window=window, loss_on='completion') for choice in choices
-  ]
+  return [_join(_bos(tokenizer), prompt, choice, window=window, loss_on='completion') for choice in choices]
 
 
 def _check(window: int, loss_on: str, overflow: str, max_prompt: int, max_completion: int) -> None:

@@ -91,7 +91,7 @@ _SYLLABLES = tuple(consonant + vowel for consonant in 'bdfgklmnprstvz' for vowel
 Facts = dict[str, dict[str, str]]
 
 
-def write(directory, *, seed: int = 0, people: int = 60, values: int = 12, train: int = 16, heldout: int = 2) -> None:
+def write(directory, *, seed: int = 0, people: int = 40, values: int = 12, train: int = 20, heldout: int = 2) -> None:
   """Writes a world of `people`, each with one of `values` values for every attribute, into `directory`.
 
   `train.txt` tells all facts `train` times in portraits (all facts of one person) and as often in rounds (one

@@ -8,6 +8,7 @@ from qalora_jax import hf
 from qalora_jax import packed
 from qalora_jax import progress
 from qalora_jax import quant
+from qalora_jax import tensors
 from qalora_jax.export import merge
 
 FORMATS = ('qalora', 'hf')
@@ -33,6 +34,7 @@ def main(argv=None) -> None:
   if not (values['output'] or arguments.workdir):
     raise ValueError('say where to write: --output=DIRECTORY, or --workdir of the run.')
   output = pathlib.Path(values['output'] or pathlib.Path(arguments.workdir) / f'export_{values["format"]}')
+  tensors.refuse_existing(output)
   loaded = build.open_model(arguments.config, arguments.workdir, values['model'])
   export(loaded, arguments.config, output, format=values['format'], dtype=values['dtype'])
 

@@ -8,9 +8,9 @@ where; afterwards nothing but the variables themselves is asked:
     params/.../adapter           a LoRA or QALoRA beside it, or absent
 """
 
+from collections.abc import Callable
 import dataclasses
 import re
-from collections.abc import Callable
 
 from flax import linen as nn
 import jax
