@@ -13,7 +13,7 @@ help:
 	@echo 'Each makes its own environment first.  PYTHON=python3.12 chooses another interpreter.'
 
 quickstart: $(VENV)/.installed
-	$(VENV)/bin/python experiments/quickstart.py
+	$(VENV)/bin/python -m experiments.quickstart
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -q tests
