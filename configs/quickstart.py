@@ -1,6 +1,6 @@
 """A LLaMA of a million parameters, pretrained from scratch on a made-up world: the first stage of `make quickstart`.
 
-python experiments/quickstart.py    # writes the data, then runs every stage
+python -m experiments.quickstart    # writes the data, then runs every stage
 """
 
 from configs import base

@@ -2,7 +2,7 @@
 
 Differs from quickstart.py in what is trained (an adapter of rank 8), on what (questions), and for how long.
 
-python experiments/quickstart.py    # runs every stage
+python -m experiments.quickstart    # runs every stage
 """
 
 from configs import quickstart

@@ -5,7 +5,7 @@ descriptions) and, as recovery, on TinyStories itself, in groups of 32.  Grid: d
 LoRA on the rounded base, both also merged and rounded again, QA-LoRA unmerged and merged; bits 4, 3, 2; seeds 0, 1, 2;
 the learning rate of each method chosen on a validation part (at 3 bits, seed 0).
 
-    python experiments/babyllama.py [e2e stories] [--render]
+    python -m experiments.babyllama [e2e stories] [--render]
 
 Every stage is a `qalora` command; what is finished is not run again.  Reads the assets that configs/babyllama.py names;
 writes runs/babyllama and experiments/results/babyllama.{json,md,png}.  --render only renders the last two.
@@ -221,7 +221,7 @@ def main() -> None:
     rows = [row for domain in words or DOMAINS for row in measure(domain)]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     settings = {'steps': STEPS, 'batch': BATCH, 'rank': RANK, 'alpha': ALPHA, 'rates': RATES}
-    report.write(RESULTS.with_suffix('.json'), report.document('python experiments/babyllama.py', rows, **settings))
+    report.write(RESULTS.with_suffix('.json'), report.document('python -m experiments.babyllama', rows, **settings))
   render()
 
 

@@ -4,7 +4,7 @@ A LLaMA of a million parameters is pretrained on a made-up world, quantized to 4
 questions about it by LoRA (on the dense model, then rounded) and by QA-LoRA (on the rounded model, then merged).
 Grid: method x bits, one seed; minutes on a laptop.
 
-    python experiments/quickstart.py
+    python -m experiments.quickstart
 
 Every stage is a `qalora` command, printed before it runs; what is finished is not run again (remove runs/quickstart to
 start over).  Writes runs/quickstart: data, models, results.{json,md,png}.  Read the table by bits: accuracy of
@@ -102,14 +102,13 @@ def main() -> None:
   stages.remember_compilations(RUNS / 'compiled')
   write_data()
   rows = measure()
-  report.write(RUNS / 'results.json', report.document('python experiments/quickstart.py', rows))
+  report.write(RUNS / 'results.json', report.document('python -m experiments.quickstart', rows))
   (RUNS / 'results.md').write_text(report.markdown(rows))
   plot(rows, RUNS / 'results.png')
   report.show('quickstart: four-choice questions about facts of the training text', rows)
   minutes = (time.monotonic() - begun) / 60
-  progress.console.print(
-    f'{minutes:.1f} minutes.  Table {RUNS}/results.md, plot {RUNS}/results.png, merged models {RUNS}/qalora_merged_*bits.'
-  )
+  progress.console.print(f'{minutes:.1f} minutes. Table and plot: {RUNS}/results.md and .png')
+  progress.console.print(f'Merged models: {RUNS}/qalora_merged_*bits')
 
 
 if __name__ == '__main__':

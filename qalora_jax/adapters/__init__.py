@@ -1,4 +1,4 @@
-"""Adapters side by side: each kind has `init` and a container with `apply` and `merge`.  Here: what treats them alike."""
+"""Adapters side by side: each kind has `init` and a container with `apply` and `merge`.  Here, what they share."""
 
 import dataclasses
 

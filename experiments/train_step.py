@@ -1,0 +1,137 @@
+"""Question: what does one training step cost, in memory and time, for LoRA on a dense base and for QA-LoRA at 4 bits?
+
+    python -m experiments.train_step [--model=DIR] [--peft]
+
+One process times the steps in turn, so that a busy machine slows all alike: read the ratios, not the times.  The model
+is configs/babyllama.py's checkpoint, or `--model`.  Memory is what the compiled step holds at once (XLA's own account:
+arguments + temporaries + outputs that alias no argument), and the part of it that is weights.  `--peft` adds LoRA by
+Hugging Face's PEFT on PyTorch, same shapes, if `pip install -e '.[parity]'` was run.
+Writes experiments/results/train_step.{json,md}.
+"""
+
+import functools
+import pathlib
+import statistics
+import sys
+import time
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from configs import babyllama
+from qalora_jax import adapters
+from qalora_jax import hf
+from qalora_jax import optim
+from qalora_jax import quant
+from qalora_jax import report
+from qalora_jax import step as step_lib
+from qalora_jax.models import linear
+from qalora_jax.models import llama
+from qalora_jax.quant import affine
+
+RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'train_step'
+ROWS, WINDOW, RANK, ALPHA, RATE, ROUNDS = 8, 256, 8, 16.0, 1e-3, 12
+FOUR_BITS = (('all', affine.Affine(4, 32)),)
+SCHEMES = {
+  'LoRA, dense base': linear.Scheme(adapter=adapters.Adapter('lora', RANK, ALPHA)),
+  'LoRA, 4-bit base': linear.Scheme(quantizers=FOUR_BITS, adapter=adapters.Adapter('lora', RANK, ALPHA)),
+  'QA-LoRA, 4-bit base': linear.Scheme(quantizers=FOUR_BITS, adapter=adapters.Adapter('qalora', RANK, ALPHA)),
+}
+
+
+def jax_step(directory, scheme: linear.Scheme):
+  """(a function that runs one step and waits for it, a row of what the compiled step holds)."""
+  config = hf.read_config(directory)
+  model = llama.Llama(config, scheme)
+  frozen = jax.device_put(hf.load(directory, config, scheme))
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))['params']
+  rate = optim.schedule('constant', learning_rate=RATE, steps=1)
+  tx = optim.adamw(rate, clip=0.3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+  state = step_lib.init_state(tx, params)
+  tokens = jax.random.randint(jax.random.key(1), (ROWS, WINDOW), 0, config.vocab_size)
+  positions = jnp.broadcast_to(jnp.arange(WINDOW)[None], tokens.shape)
+  ones = jnp.ones_like(tokens)
+  batch = {'tokens': tokens, 'loss_mask': ones, 'segments': ones, 'positions': positions}
+  step = jax.jit(functools.partial(step_lib.train_step, model, tx, 0, 1), donate_argnums=0)
+  compiled = step.lower(state, frozen, batch).compile()
+  held = compiled.memory_analysis()
+
+  def run():
+    nonlocal state
+    state, metrics = compiled(state, frozen, batch)
+    jax.block_until_ready((state, metrics))
+
+  megabytes = lambda count: round(count / 2**20, 2)
+  return run, {
+    'weights_MiB': megabytes(quant.stored_bytes(frozen)),
+    'trained': adapters.count(params),
+    'temporaries_MiB': megabytes(held.temp_size_in_bytes),
+    'peak_MiB': megabytes(
+      held.argument_size_in_bytes + held.temp_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
+    ),
+  }
+
+
+def peft_step(directory):
+  """As `jax_step`, for PEFT's LoRA on PyTorch; memory is not measured (PyTorch keeps no account of it on CPU)."""
+  import peft  # an extra; only --peft needs it
+  import torch
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+  projections = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+  model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=projections))
+  trained = [p for p in model.parameters() if p.requires_grad]
+  optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+  tokens = torch.randint(0, model.config.vocab_size, (ROWS, WINDOW), generator=torch.Generator().manual_seed(1))
+
+  def run():
+    optimizer.zero_grad()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 0.3)
+    optimizer.step()
+
+  return run, {'trained': sum(p.numel() for p in trained)}
+
+
+def measure(directory, with_peft: bool) -> list[dict]:
+  """One row a method; times are medians over rounds in which every method has its turn."""
+  made = {name: jax_step(directory, scheme) for name, scheme in SCHEMES.items()}
+  if with_peft:
+    made['LoRA, dense base (PEFT on PyTorch)'] = peft_step(directory)
+  seconds = {name: [] for name in made}
+  for _ in range(ROUNDS + 1):
+    for name, (run, _) in made.items():
+      begun = time.perf_counter()
+      run()
+      seconds[name].append(time.perf_counter() - begun)
+  first = next(iter(made))
+  rows = []
+  for name, (_, held) in made.items():
+    warm = seconds[name][1:]
+    ratios = [own / other for own, other in zip(warm, seconds[first][1:], strict=True)]
+    rows.append({
+      'method': name, **held, 'seconds': statistics.median(warm), 'fastest': min(warm),
+      'tokens_per_second': round(ROWS * WINDOW / statistics.median(warm)),
+      'time_against_first': statistics.median(ratios),
+    })  # fmt: skip
+  return rows
+
+
+def main() -> None:
+  """Measures, stores and renders."""
+  words = sys.argv[1:]
+  model = next((word.removeprefix('--model=') for word in words if word.startswith('--model=')), None)
+  directory = pathlib.Path(model) if model else babyllama.ASSETS / 'models' / 'babyllama_tok105'
+  rows = measure(directory, '--peft' in words)
+  settings = {'model': directory.name, 'rows_per_step': ROWS, 'window': WINDOW, 'rank': RANK, 'rounds': ROUNDS}
+  content = report.document('python -m experiments.train_step ' + ' '.join(words), rows, **settings)
+  report.write(RESULTS.with_suffix('.json'), content)
+  head = f'`{content["command"]}`, commit {content["commit"]}, {content["date"]}, {content["machine"]}; {settings}\n\n'
+  RESULTS.with_suffix('.md').write_text(head + report.markdown(rows))
+  report.show('one training step', rows)
+
+
+if __name__ == '__main__':
+  main()
