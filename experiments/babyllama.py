@@ -35,7 +35,7 @@ RUNS = ROOT / 'runs' / 'babyllama'
 RESULTS = ROOT / 'experiments' / 'results' / 'babyllama'
 SEEDS, BITS = (0, 1, 2), (4, 3, 2)
 STEPS, BATCH, RANK, ALPHA = 200, 4, 8, 16.0
-RATES = {'lora': (1e-3, 3e-3, 1e-2), 'qalora': (1e-4, 3e-4, 1e-3)}
+RATES = {'lora': (3e-4, 1e-3, 3e-3), 'qalora': (1e-4, 3e-4, 1e-3)}
 
 _PAIRS = dict(format='pairs', separator='||')
 _STORIES = dict(format='text', separator='<|endoftext|>', append_eos=False)

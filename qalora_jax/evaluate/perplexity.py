@@ -19,6 +19,8 @@ _UNKNOWN = ' \u2047 '
 def row_scores(model: nn.Module, variables: dict, *, examples: list, window: int, batch: int, mesh, label: str):
   """The summed NLL in nats of each example's targets, and their number: two float64 arrays in the examples' order."""
   score = jax.jit(functools.partial(step_lib.score_rows, model), in_shardings=(None, sharding.batch(mesh)))
+  shares = mesh.shape['data'] * mesh.shape['fsdp']
+  batch = -(-batch // shares) * shares  # every device has rows; what is over is filled with rows that do not count
   nll, count = np.zeros(len(examples)), np.zeros(len(examples))
   with progress.bar(label, len(examples)) as bar:
     for rows in batches.scoring(examples, window=window, batch=batch):
