@@ -48,7 +48,7 @@ def measure() -> list[dict]:
     name = f'{method} {bits or "dense"}'.replace(',', '').replace(' ', '-')
     got = stages.scored(RUNS / 'scores' / name, PRETRAIN, f'--model={model}')
     rows.append({
-      'method': method, 'bits': bits or 32, 'bits_per_weight': got['bits_per_weight'], 'one_file': merged,
+      'method': method, 'bits': bits or 32, 'bits_per_weight': got['bits_per_weight'], 'stands_alone': merged,
       'accuracy': got['accuracy'], 'standard_error': got['standard_error'],
       'heldout_nats': got['nats_per_token'],
     })  # fmt: skip

@@ -74,6 +74,8 @@ def text(value) -> str:
   """One cell: floats with four decimals (or in powers of ten where those would show nothing), nothing as a dash."""
   if value is None:
     return '–'
+  if isinstance(value, bool):
+    return 'yes' if value else 'no'
   if isinstance(value, float):
     return f'{value:.4f}' if value == 0 or 1e-3 <= abs(value) < 1e6 else f'{value:.2e}'
   return f'{value:,}' if isinstance(value, int) else str(value)

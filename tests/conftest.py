@@ -37,6 +37,15 @@ def _no_rank_promotion():
   jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _compiled_once(tmp_path_factory):
+  """Programs that several tests compile are compiled by the first of them."""
+  import jax
+
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
 @pytest.fixture(scope='session')
 def assets() -> pathlib.Path:
   """The folder of real models and data: `QALORA_ASSETS`, or `../shared/assets` seen from the repository's root."""

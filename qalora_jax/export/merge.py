@@ -44,7 +44,7 @@ def check(model: llama.Llama, frozen: dict, params: dict, merged: dict, *, seed:
   width = min(64, model.config.max_position_embeddings)
   tokens = jax.random.randint(jax.random.key(seed), (4, width), 0, model.config.vocab_size)
   rank = max((node.a.shape[-1] for node in _adapters(params)), default=0)
-  keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(merged))))
+  keys = iter(list(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(merged)))))
 
   def nudge(w):
     key = next(keys)
