@@ -1,9 +1,9 @@
 """Checkpoints of what training changes: weights, optimizer, data position.  The base is named, never copied."""
 
+import contextlib
 import pathlib
 
 import grain
-import jax
 import orbax.checkpoint as ocp
 
 from qalora_jax import step as step_lib
@@ -45,7 +45,7 @@ def restore(manager: ocp.CheckpointManager, abstract: step_lib.State, data: grai
   Raises ValueError where the checkpoint's weights have other names or shapes than `abstract`.
   """
   optimizer = {'step': abstract.step, 'opt_state': abstract.opt_state}
-  with _explain(manager):
+  with _explained(manager):
     restored = manager.restore(
       manager.latest_step(),
       args=ocp.args.Composite(
@@ -64,22 +64,17 @@ def restore_params(directory, abstract: dict) -> tuple[int, dict]:
     if latest is None:
       raise FileNotFoundError(f'{directory} holds no checkpoint; run `qalora train` into that workdir first.')
     args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-    with _explain(manager):
+    with _explained(manager):
       return latest, manager.restore(latest, args=args)['params']
 
 
-class _explain:
-  """Turns orbax's errors about a checkpoint into one ValueError that names it and the way out."""
-
-  def __init__(self, manager):
-    self._place = manager.directory
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, trace):
-    if isinstance(error, (ValueError, KeyError, TypeError, OSError)) and not isinstance(error, jax.errors.JAXTypeError):
-      raise ValueError(
-        f'{self._place}: the latest checkpoint cannot be restored ({error}). It is corrupt, or was written by another '
-        'model or adapter; delete that step to go back to the one before, or use another workdir.'
-      ) from error
+@contextlib.contextmanager
+def _explained(manager: ocp.CheckpointManager):
+  """Turns what orbax says of a bad checkpoint into one ValueError that names the place and the way out."""
+  try:
+    yield
+  except (ValueError, KeyError, TypeError, OSError) as error:
+    raise ValueError(
+      f'{manager.directory}: the latest checkpoint cannot be restored ({error}). It is corrupt, or was written by '
+      'another model or adapter; remove its folder to go back to the step before, or use another workdir.'
+    ) from error

@@ -116,41 +116,45 @@ def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> st
     while done < settings.steps:
       state, metrics = step(state, frozen, next(data))
       done += 1
-      losses.append(metrics['loss'])
+      losses.append((metrics['loss'], metrics['grad_norm']))
       tokens.append(metrics['tokens'])
       last = done == settings.steps
       keeps = last or done % settings.checkpoint_every == 0
-      if not (keeps or done % settings.log_every == 0):
+      validates = score and (last or (settings.validate_every and done % settings.validate_every == 0))
+      if not (keeps or validates or done % settings.log_every == 0):
         bar.advance()
         continue
-      seconds, since = time.monotonic() - since, time.monotonic()
+      # Here alone the host waits for the device: a checkpoint is only ever written of losses seen to be finite.
       _check_finite(done, jax.device_get(losses), manager.directory)
+      seconds, since = time.monotonic() - since, time.monotonic()
       speed = float(np.sum(jax.device_get(tokens))) / seconds
       losses, tokens = [], []
-      log.write(
-        done,
-        loss=metrics['loss'],
-        grad_norm=metrics['grad_norm'],
-        learning_rate=rate(done - 1),
-        tokens=metrics['tokens'],
-        tokens_per_second=speed,
-      )
+      if last or done % settings.log_every == 0:
+        log.write(
+          done,
+          loss=metrics['loss'],
+          grad_norm=metrics['grad_norm'],
+          learning_rate=rate(done - 1),
+          tokens=metrics['tokens'],
+          tokens_per_second=speed,
+        )
       bar.advance(text=f'loss {float(metrics["loss"]):.4f}  {speed:,.0f} tokens/s')
-      if score and (last or (settings.validate_every and done % settings.validate_every == 0)):
-        result = score({'params': state.params, 'frozen': frozen})
-        log.write(done, validation_loss=result['nats_per_token'])
+      if validates:
+        log.write(done, validation_loss=score({'params': state.params, 'frozen': frozen})['nats_per_token'])
         since = time.monotonic()
       if keeps:
         checkpoint.save(manager, state, data)
   return state
 
 
-def _check_finite(done: int, losses: list, place) -> None:
-  bad = np.flatnonzero(~np.isfinite(losses))
+def _check_finite(done: int, losses: list[tuple], place) -> None:
+  """Raises Diverged if a loss, or the norm of a gradient that the weights have since been moved by, is not finite."""
+  bad = np.flatnonzero(~np.isfinite(losses).all(-1))
   if bad.size:
     first = done - len(losses) + 1 + int(bad[0])
+    loss, norm = losses[bad[0]]
     raise Diverged(
-      f'the loss of step {first} is {losses[bad[0]]}. The last good checkpoint is kept in {place}. Try a lower '
+      f'the loss of step {first} is {loss}, its gradient norm {norm}. The last good checkpoint is kept in {place}. Try a lower '
       'optim.learning_rate, optim.warmup_steps, a smaller optim.clip, or model.dtype = "float32".'
     )
 

@@ -17,13 +17,13 @@ def get_config():
   config = base.get_config()
   config.model.source = {source!r}
   config.base.update(method='affine', bits=4, group=16)
-  config.adapter.update(kind='qalora', rank=4, alpha=8.0)
+  config.adapter.update(kind='qalora', rank=4, alpha=8.0, dropout=0.3)
   lines = dict(path={text!r}, format='text', separator='\\n')
   config.data.train.update(lines, stop=-8)
   config.data.validation.update(lines, start=-8)
   config.evaluate.text.update(lines, start=-8)
   config.data.window = 32
-  config.train.update(steps=8, batch=8, log_every=1, checkpoint_every=3)
+  config.train.update(steps=8, batch=8, log_every=1, validate_every=4, checkpoint_every=3)
   config.optim.update(learning_rate=0.01, clip=1.0)
   config.evaluate.batch = 8
   return config

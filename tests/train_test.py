@@ -1,5 +1,7 @@
 """`qalora train`: every kind learns, a stopped run goes on as if it had never stopped, and what cannot be is refused."""
 
+import contextlib
+import gc
 import json
 import shutil
 import subprocess
@@ -16,32 +18,40 @@ from qalora_jax import config as config_lib
 from qalora_jax import hf
 from qalora_jax import train
 
-SCRATCH = (
-  'model.source=scratch',
-  'model.architecture.vocab_size=0',
-  'model.architecture.hidden_size=32',
-  'model.architecture.intermediate_size=64',
-  'model.architecture.num_hidden_layers=2',
-  'model.architecture.num_attention_heads=4',
-  'model.architecture.num_key_value_heads=2',
-)
+FULL = ('adapter.kind=full', 'base.method=stored', 'optim.schedule=cosine', 'optim.warmup_steps=4')
 KINDS = {
-  'qalora': ('adapter.dropout=0.3', 'optim.schedule=cosine', 'train.validate_every=4'),
-  'lora': ('adapter.kind=lora', 'base.bits=3', 'adapter.dropout=0.3', 'data.packing=false'),
-  'full': ('adapter.kind=full', 'base.method=stored', 'train.accumulation=2', 'train.batch=16', 'optim.warmup_steps=4'),
-  'scratch': (*SCRATCH, 'adapter.kind=full', 'base.method=stored', 'sharding.tensor=2'),
+  'qalora': (),
+  'lora': ('adapter.kind=lora', 'adapter.dropout=0', 'base.bits=3', 'data.packing=false'),
+  'full': FULL,
+  # The shapes of `source`, so that the compiled program is that of 'full'.
+  'scratch': (
+    *FULL,
+    'model.source=scratch',
+    'model.architecture.vocab_size=0',
+    'model.architecture.hidden_size=32',
+    'model.architecture.intermediate_size=64',
+    'model.architecture.num_hidden_layers=2',
+    'model.architecture.num_attention_heads=4',
+    'model.architecture.num_key_value_heads=2',
+    'model.architecture.rms_norm_eps=1e-6',
+  ),
 }
 
 
+# A restore that orbax gives up leaves coroutines behind that nobody awaits.
+SILENT = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+
 @pytest.fixture(scope='module')
-def run(tmp_path_factory, qalora, source):
+def run(tmp_path_factory, qalora, source, trained):
   """The workdir of a whole run of one of KINDS, made once."""
-  made = {}
+  made = {'qalora': trained}
 
   def whole(kind):
     if kind not in made:
       made[kind] = tmp_path_factory.mktemp(kind)
-      qalora('train', made[kind], *words(kind, source))
+      tokenizer = (f'model.tokenizer={source}',) if kind == 'scratch' else ()
+      qalora('train', made[kind], *KINDS[kind], *tokenizer)
     return made[kind]
 
   return whole
@@ -51,10 +61,6 @@ def run(tmp_path_factory, qalora, source):
 def copied(trained, tmp_path):
   """A copy of a finished run, free to be changed."""
   return shutil.copytree(trained, tmp_path / 'copied')
-
-
-def words(kind, source):
-  return (*KINDS[kind], f'model.tokenizer={source}') if kind == 'scratch' else KINDS[kind]
 
 
 def rows(workdir):
@@ -74,6 +80,13 @@ def params(workdir):
   return build.load_run(config_lib.load(workdir), workdir).variables['params']
 
 
+@contextlib.contextmanager
+def unrestorable(workdir):
+  with pytest.raises(ValueError, match=f'{workdir}/checkpoints: the latest checkpoint cannot be restored'):
+    yield
+  gc.collect()
+
+
 def contents(directory):
   """Every file but TensorBoard's, which opens a new one at every start."""
   files = [path for path in directory.rglob('*') if path.is_file() and path.parent.name != 'tensorboard']
@@ -86,40 +99,32 @@ def test_every_kind_learns(run, kind):
 
 
 @pytest.mark.parametrize('kind', ['qalora', 'full'])
-def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(run, qalora, source, tmp_path, monkeypatch, kind):
-  """Losses and weights bit for bit: packing, dropout, accumulation, schedule and moments all go on."""
-  write = train.Log.write
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(run, qalora, tmp_path, monkeypatch, kind):
+  """Losses and weights bit for bit: packing, dropout, schedule and moments all go on; the base stands still."""
+  write, variables, seen = train.Log.write, build.variables, {}
 
   def dies(self, step, **values):
     write(self, step, **values)
     if step == 5:
       raise KeyboardInterrupt
 
+  def remembers(*arguments):
+    seen.update(variables(*arguments))
+    seen['before'] = jax.tree.map(np.array, seen['frozen'])
+    return dict(seen)
+
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(train.Log, 'write', dies)
-    qalora('train', tmp_path, *words(kind, source))
+    qalora('train', tmp_path, *KINDS[kind])
   assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['3']
   assert losses(tmp_path) == losses(run(kind))[:5]
   # As a kill in the middle of a checkpoint would leave it.
   (tmp_path / 'checkpoints' / '4.orbax-checkpoint-tmp-1').mkdir()
-  qalora('train', tmp_path, *words(kind, source))
+  monkeypatch.setattr(build, 'variables', remembers)
+  qalora('train', tmp_path, *KINDS[kind])
   assert curve(tmp_path) == curve(run(kind))
   small_llama.same(params(tmp_path), params(run(kind)))
-
-
-@pytest.mark.parametrize('kind', ['qalora', 'lora'])
-def test_the_base_stays_bit_identical(qalora, source, tmp_path, monkeypatch, kind):
-  seen, variables = {}, build.variables
-
-  def remembers(*arguments):
-    drawn = variables(*arguments)
-    seen['frozen'], seen['before'] = drawn['frozen'], jax.tree.map(np.array, drawn['frozen'])
-    return drawn
-
-  monkeypatch.setattr(build, 'variables', remembers)
-  qalora('train', tmp_path, *words(kind, source))
   small_llama.same(jax.tree.map(np.asarray, seen['frozen']), seen['before'])
-  assert json.loads((tmp_path / 'base.json').read_text()) == {'crc32': build.fingerprint(seen['before'])}
 
 
 def test_a_finished_run_is_left_alone(copied, qalora):
@@ -139,8 +144,9 @@ def test_metrics_and_tensorboard(run):
 
 
 def test_validation_does_not_wait_for_a_log_line(qalora, tmp_path):
-  qalora('train', tmp_path, 'train.steps=4', 'train.log_every=4', 'train.validate_every=2', 'train.tensorboard=false')
-  assert [(row['step'], 'validation_loss' in row) for row in rows(tmp_path)] == [(2, True), (4, False), (4, True)]
+  words = ('train.checkpoint_every=4', 'train.tensorboard=false')
+  qalora('train', tmp_path, 'train.steps=4', 'train.log_every=4', 'train.validate_every=2', *words)
+  assert [row['step'] for row in rows(tmp_path) if 'validation_loss' in row] == [2, 4]
   assert not (tmp_path / 'tensorboard').exists()
 
 
@@ -162,8 +168,9 @@ def test_another_config_is_refused_unless_it_may_replace(copied, qalora):
   assert [row['step'] for row in rows(copied) if 'loss' in row] == list(range(1, 10))
 
 
+@SILENT
 def test_a_checkpoint_of_another_adapter_is_refused(copied, qalora):
-  with pytest.raises(ValueError, match='cannot be restored.*written by another model or adapter'):
+  with unrestorable(copied):
     qalora('train', copied, 'adapter.rank=2', '--replace_config')
 
 
@@ -181,21 +188,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(copied, trained, qalora):
 
   The first loss after the resumed checkpoint, that of step 9, is still that of good weights.
   """
-  wild = ('optim.learning_rate=1e30', 'train.steps=20', 'train.log_every=4', 'train.checkpoint_every=100')
+  wild = ('optim.learning_rate=1e30', 'adapter.dropout=0', 'train.steps=20', 'train.log_every=4')
   with pytest.raises(train.Diverged, match=r'loss of step 10 is (nan|inf).*optim.learning_rate'):
-    qalora('train', copied, *wild, '--replace_config')
+    qalora('train', copied, *wild, 'train.checkpoint_every=100', '--replace_config')
   assert max(int(path.name) for path in (copied / 'checkpoints').iterdir()) == 8
   small_llama.same(params(copied), params(trained))
 
 
+@SILENT
 @pytest.mark.parametrize(
-  'file', ['params/ocdbt.process_0/d/*', 'params/_METADATA', 'optimizer/manifest.ocdbt', 'data/process_0-of-1.json']
+  'verb, file',
+  [
+    ('generate', 'params/d/*'),
+    ('evaluate', 'params/_METADATA'),
+    ('train', 'optimizer/manifest.ocdbt'),
+    ('train', 'data/process_0-of-1.json'),
+  ],
 )
-def test_a_damaged_checkpoint_is_named(copied, qalora, file):
+def test_a_damaged_checkpoint_is_named(copied, qalora, verb, file):
   for path in (copied / 'checkpoints' / '8').glob(file):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  with pytest.raises(ValueError, match=f'{copied}/checkpoints: the latest checkpoint cannot be restored'):
-    qalora('train' if 'params' not in file else 'generate', copied, 'generate.max_tokens=1')
+  with unrestorable(copied):
+    qalora(verb, copied)
   # The way out that the message names.
   shutil.rmtree(copied / 'checkpoints' / '8')
   assert build.load_run(config_lib.load(copied), copied).origin['step'] == 6
@@ -233,6 +247,8 @@ def test_an_error_is_one_line_even_from_inside_a_trace(recipe, tmp_path, capsys)
 
 
 def test_help_is_there_as_a_module():
-  done = subprocess.run([sys.executable, '-m', 'qalora_jax.train', '--help'], capture_output=True, text=True, check=True)
+  done = subprocess.run(
+    [sys.executable, '-m', 'qalora_jax.train', '--help'], capture_output=True, text=True, check=True
+  )
   assert 'usage: qalora train --config=FILE --workdir=DIR' in done.stdout
   assert '--replace_config' in done.stdout
