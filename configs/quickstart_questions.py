@@ -14,5 +14,5 @@ def get_config():
   config.adapter.update(kind='qalora', rank=8)
   config.data.train.update(path=f'{quickstart.DATA}/questions_train.jsonl', format='jsonl', separator='')
   config.train.update(steps=100, batch=16, checkpoint_every=100)
-  config.optim.update(learning_rate=1e-3, schedule='constant', warmup_steps=0, clip=0.3)
+  config.optim.update(learning_rate=3e-4, schedule='constant', warmup_steps=0, clip=0.3)
   return config

@@ -13,26 +13,23 @@ Read the table by column: within one domain and bit width, a merged row beside i
 """
 
 import json
+import os
 import pathlib
 import statistics
 import sys
 
-import jax
 import matplotlib
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
-from qalora_jax import cli
+from configs import babyllama
+from experiments import stages
 from qalora_jax import report
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from configs import babyllama  # noqa: E402  (found beside the checkout)
-
-CONFIG = ROOT / 'configs' / 'babyllama.py'
-RUNS = ROOT / 'runs' / 'babyllama'
-RESULTS = ROOT / 'experiments' / 'results' / 'babyllama'
+CONFIG = '--config=configs/babyllama.py'
+RUNS = pathlib.Path('runs/babyllama')
+RESULTS = pathlib.Path('experiments/results/babyllama')
 SEEDS, BITS = (0, 1, 2), (4, 3, 2)
 STEPS, BATCH, RANK, ALPHA = 200, 4, 8, 16.0
 RATES = {'lora': (3e-4, 1e-3, 3e-3), 'qalora': (1e-4, 3e-4, 1e-3)}
@@ -55,11 +52,6 @@ DOMAINS = {
 }
 
 
-def overrides(**values) -> list[str]:
-  """Flags of `qalora` that set config keys; '__' stands for a dot."""
-  return [f'--config.{key.replace("__", ".")}={value}' for key, value in values.items()]
-
-
 def domain_flags(domain: str) -> list[str]:
   """The data sets of a domain, with every field said, as they differ from one domain to the other."""
   plain = dict(separator='', start=0, stop=0, append_eos=True, overflow='split')
@@ -72,28 +64,25 @@ def domain_flags(domain: str) -> list[str]:
 
 def base_flags(bits: int | None) -> list[str]:
   """A dense base, or one rounded to `bits`."""
-  return overrides(base__method='affine', base__bits=bits) if bits else overrides(base__method='stored')
+  return stages.flags(base__method='affine', base__bits=bits) if bits else stages.flags(base__method='stored')
 
 
 def train(domain: str, kind: str, bits: int | None, seed: int, rate: float) -> pathlib.Path:
-  """The workdir of one training run, run unless it is finished."""
+  """The workdir of one training run."""
+  chosen = stages.flags(
+    adapter__kind=kind,
+    adapter__rank=RANK,
+    adapter__alpha=ALPHA,
+    seed=seed,
+    optim__learning_rate=rate,
+    train__steps=STEPS,
+    train__batch=BATCH,
+    train__tensorboard=False,
+    train__checkpoint_every=STEPS,
+    train__keep=1,
+  )
   workdir = RUNS / domain / f'{kind}-{bits or "dense"}-seed{seed}-{rate:g}'
-  if not (workdir / 'finished').exists():
-    chosen = overrides(
-      adapter__kind=kind,
-      adapter__rank=RANK,
-      adapter__alpha=ALPHA,
-      seed=seed,
-      optim__learning_rate=rate,
-      train__steps=STEPS,
-      train__batch=BATCH,
-      train__tensorboard=False,
-      train__checkpoint_every=STEPS,
-      train__keep=1,
-    )
-    call('train', workdir, *domain_flags(domain), *base_flags(bits), *chosen)
-    (workdir / 'finished').touch()
-  return workdir
+  return stages.trained(workdir, CONFIG, *domain_flags(domain), *base_flags(bits), *chosen)
 
 
 def validation(workdir: pathlib.Path) -> float:
@@ -107,35 +96,10 @@ def best_rate(domain: str, kind: str, bits: int | None) -> float:
   return min(RATES[kind], key=lambda rate: validation(train(domain, kind, bits, 0, rate)))
 
 
-def score(domain: str, name: str, model: pathlib.Path | None, bits: int | None = None) -> dict:
-  """The evaluation row of a model (None: the checkpoint, rounded to `bits`), evaluated unless it was before."""
-  workdir = RUNS / domain / 'scores' / name
-  if not (workdir / 'results.json').exists():
-    chosen = [f'--model={model}'] if model else [*base_flags(bits), *overrides(adapter__kind='none')]
-    call('evaluate', workdir, *domain_flags(domain), *chosen)
-  return json.loads((workdir / 'results.json').read_text())['rows'][0]
-
-
-def exported(workdir: pathlib.Path, format: str) -> pathlib.Path:
-  """The merged model of a run, in one of export's formats."""
-  target = workdir / f'export_{format}'
-  if not target.exists():
-    cli.main(['export', f'--workdir={workdir}', f'--format={format}'])
-  return target
-
-
 def rounded(dense: pathlib.Path, bits: int) -> pathlib.Path:
   """A dense directory rounded to nearest in groups of 32."""
   target = dense.with_name(f'{dense.name}_{bits}bits')
-  if not target.exists():
-    call('quantize', target, *base_flags(bits), *overrides(model__source=dense))
-  return target
-
-
-def call(verb: str, workdir: pathlib.Path, *flags) -> None:
-  """One `qalora` command, said before it is run."""
-  print(f'\n$ qalora {verb} --config=configs/babyllama.py --workdir={workdir.relative_to(ROOT)} ...', flush=True)
-  cli.main([verb, f'--config={CONFIG}', f'--workdir={workdir}', *flags])
+  return stages.quantized(target, CONFIG, *base_flags(bits), *stages.flags(model__source=dense))
 
 
 def measure(domain: str) -> list[dict]:
@@ -143,8 +107,9 @@ def measure(domain: str) -> list[dict]:
   rows = []
 
   def add(method, bits, model=None, seed=None, rate=None):
-    name = f'{method}-{bits}-{seed}'.replace(' ', '_')
-    got = score(domain, name, model, bits)
+    workdir = RUNS / domain / 'scores' / f'{method}-{bits}-{seed}'.replace(' ', '_')
+    chosen = [f'--model={model}'] if model else [*base_flags(bits), *stages.flags(adapter__kind='none')]
+    got = stages.scored(workdir, CONFIG, *domain_flags(domain), *chosen)
     rows.append({
       'domain': domain, 'method': method, 'bits': bits or 32, 'bits_per_weight': got['bits_per_weight'], 'seed': seed,
       'learning_rate': rate, 'nats_per_token': got['nats_per_token'], 'perplexity': got['perplexity'],
@@ -159,13 +124,13 @@ def measure(domain: str) -> list[dict]:
     dense = train(domain, 'lora', None, seed, rates['dense'])
     add('LoRA on dense', None, dense, seed, rates['dense'])
     for bits in BITS:
-      add('LoRA on dense, merged and rounded', bits, rounded(exported(dense, 'hf'), bits), seed, rates['dense'])
+      add('LoRA on dense, merged and rounded', bits, rounded(stages.exported(dense, 'hf'), bits), seed, rates['dense'])
       lora = train(domain, 'lora', bits, seed, rates['lora'])
       add('LoRA on rounded', bits, lora, seed, rates['lora'])
-      add('LoRA on rounded, merged and rounded', bits, rounded(exported(lora, 'hf'), bits), seed, rates['lora'])
+      add('LoRA on rounded, merged and rounded', bits, rounded(stages.exported(lora, 'hf'), bits), seed, rates['lora'])
       ours = train(domain, 'qalora', bits, seed, rates['qalora'])
       add('QA-LoRA', bits, ours, seed, rates['qalora'])
-      add('QA-LoRA, merged', bits, exported(ours, 'qalora'), seed, rates['qalora'])
+      add('QA-LoRA, merged', bits, stages.exported(ours, 'qalora'), seed, rates['qalora'])
   return rows
 
 
@@ -214,10 +179,10 @@ def render() -> None:
 
 def main() -> None:
   """Measures the domains named on the command line (all by default), stores the rows, renders."""
+  os.chdir(pathlib.Path(__file__).resolve().parents[1])
   words = sys.argv[1:]
   if '--render' not in words:
-    jax.config.update('jax_compilation_cache_dir', str(RUNS / 'compiled'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    stages.remember_compilations(RUNS / 'compiled')
     rows = [row for domain in words or DOMAINS for row in measure(domain)]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     settings = {'steps': STEPS, 'batch': BATCH, 'rank': RANK, 'alpha': ALPHA, 'rates': RATES}

@@ -29,7 +29,7 @@ from qalora_jax.data import world
 RUNS = pathlib.Path('runs/quickstart')
 PRETRAIN, QUESTIONS = '--config=configs/quickstart.py', '--config=configs/quickstart_questions.py'
 BITS = (4, 3, 2)
-RATES = {'lora': 3e-3, 'qalora': 1e-3}
+RATES = {'lora': 1e-3, 'qalora': 3e-4}
 
 
 def write_data() -> None:

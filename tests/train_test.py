@@ -1,6 +1,5 @@
-"""`qalora train`: every kind learns, a stopped run goes on as if it had never stopped, and what cannot be is refused."""
+"""`qalora train`: every kind learns, a stopped run goes on as if it had never stopped, what cannot be is refused."""
 
-import contextlib
 import gc
 import json
 import shutil
@@ -38,8 +37,14 @@ KINDS = {
 }
 
 
-# A restore that orbax gives up leaves coroutines behind that nobody awaits.
-SILENT = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+# A restore that orbax gives up leaves coroutines behind, which complain when they are collected, some tests later.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _collected():
+  yield
+  gc.collect()
 
 
 @pytest.fixture(scope='module')
@@ -80,11 +85,8 @@ def params(workdir):
   return build.load_run(config_lib.load(workdir), workdir).variables['params']
 
 
-@contextlib.contextmanager
 def unrestorable(workdir):
-  with pytest.raises(ValueError, match=f'{workdir}/checkpoints: the latest checkpoint cannot be restored'):
-    yield
-  gc.collect()
+  return pytest.raises(ValueError, match=f'{workdir}/checkpoints: the latest checkpoint cannot be restored')
 
 
 def contents(directory):
@@ -157,18 +159,17 @@ def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path):
   assert rows(tmp_path) == [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.5}]
 
 
-def test_another_config_is_refused_unless_it_may_replace(copied, qalora):
+def test_another_config_is_refused_unless_it_may_replace(copied, trained, qalora):
   before = contents(copied)
   with pytest.raises(ValueError, match=r'train.steps: 8 -> 9\n.*--replace_config'):
     qalora('train', copied, 'train.steps=9')
   assert contents(copied) == before
   qalora('train', copied, 'train.steps=9', '--replace_config')
   assert config_lib.load(copied).train.steps == 9
-  assert losses(copied)[:8] == [json.loads(line)['loss'] for line in before['metrics.jsonl'].splitlines()[:8]]
+  assert curve(copied)[: len(curve(trained))] == curve(trained)
   assert [row['step'] for row in rows(copied) if 'loss' in row] == list(range(1, 10))
 
 
-@SILENT
 def test_a_checkpoint_of_another_adapter_is_refused(copied, qalora):
   with unrestorable(copied):
     qalora('train', copied, 'adapter.rank=2', '--replace_config')
@@ -192,10 +193,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(copied, trained, qalora):
   with pytest.raises(train.Diverged, match=r'loss of step 10 is (nan|inf).*optim.learning_rate'):
     qalora('train', copied, *wild, 'train.checkpoint_every=100', '--replace_config')
   assert max(int(path.name) for path in (copied / 'checkpoints').iterdir()) == 8
-  small_llama.same(params(copied), params(trained))
+  for kept, good in zip(jax.tree.leaves(params(copied)), jax.tree.leaves(params(trained)), strict=True):
+    np.testing.assert_array_equal(kept, good)
 
 
-@SILENT
 @pytest.mark.parametrize(
   'verb, file',
   [

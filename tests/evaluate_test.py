@@ -1,0 +1,156 @@
+"""`qalora evaluate`: scores are the log-probabilities that a plain forward gives, and results.json says all."""
+
+import json
+import math
+import pathlib
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qalora_jax import build
+from qalora_jax import config as config_lib
+from qalora_jax import sharding
+from qalora_jax import tokenizer as tokenizer_lib
+from qalora_jax.data import records
+from qalora_jax.evaluate import choices
+from qalora_jax.evaluate import perplexity
+
+# p(next | token) of a language of four letters; BOS is 0.
+BIGRAM = np.array([[0.0, 0.5, 0.25, 0.25], [0.0, 0.5, 0.25, 0.25], [0.0, 0.125, 0.75, 0.125], [0.0, 0.25, 0.25, 0.5]])
+QUESTIONS = [
+  {'prompt': 'the cat sat on', 'choices': [' the mat', ' the naïve moon today', ' a'], 'answer': 0},
+  {'prompt': 'the dog', 'choices': [' sat', ' again'], 'answer': 'B'},
+  {'prompt': 'the bird sat on the sea', 'choices': [' at night', ' today', ' the café', ' mat'], 'answer': 2},
+  {'question': 'the', 'choices': [' cat', ' dog'], 'answer': 1},
+]
+STORED = ('base.method=stored', 'adapter.kind=none')
+
+
+class Bigram(nn.Module):
+  def __call__(self, tokens_BT, segments_BT, positions_BT):
+    return jnp.log(jnp.asarray(BIGRAM) + 1e-30)[tokens_BT]
+
+
+def letters():
+  return tokenizer_lib.Tokenizer(4, 0, None, lambda text: ['_abc'.index(c) for c in text], lambda ids: 'x' * len(ids))
+
+
+def example(tokens, given=1):
+  tokens = np.array(tokens, np.int32)
+  return {'tokens': tokens, 'loss_mask': (np.arange(len(tokens)) >= given).astype(np.int32)}
+
+
+def summed_log_p(loaded, tokens, given):
+  """log p of tokens[given:] after tokens[:given], from one forward pass without padding."""
+  logits = np.asarray(loaded.model.apply(loaded.variables, jnp.array([tokens]))[0], np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  return sum(log_p[t - 1, tokens[t]] for t in range(given, len(tokens)))
+
+
+@pytest.fixture
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope='module')
+def loaded(recipe, source):
+  return build.load_model(config_lib.recipe(recipe), str(source))
+
+
+@pytest.fixture
+def questions(tmp_path):
+  path = tmp_path / 'questions.jsonl'
+  path.write_text('\n'.join(json.dumps(question) for question in QUESTIONS))
+  return path
+
+
+@pytest.mark.parametrize('batch', [1, 2, 5])
+def test_perplexity_by_hand(one_device, batch):
+  """Targets a b | c c | (given b) b: 1/2 1/4 | 1/4 1/2 | 3/4, whatever stands in one batch."""
+  scored = [example([0, 1, 2]), example([0, 3, 3]), example([0, 2, 2], given=2)]
+  got = perplexity.score(Bigram(), {}, examples=scored, window=8, batch=batch, mesh=one_device, characters=10)
+  nats = 2 * math.log(2) + 2 * math.log(4) + math.log(4 / 3)
+  assert got['tokens'] == 5
+  assert got['nats_per_token'] == pytest.approx(nats / 5, rel=1e-6)
+  assert got['perplexity'] == pytest.approx(math.exp(nats / 5), rel=1e-6)
+  assert got['bits_per_character'] == pytest.approx(nats / math.log(2) / 10, rel=1e-6)
+
+
+def test_accuracy_by_hand(one_device):
+  asked = [
+    records.Question('a', ('a', 'bb', 'c'), 0),  # 1/2, 3/16, 1/4; right by both rules
+    records.Question('a', ('b', 'bbb'), 1),  # 1/4, 9/64; their roots 1/4, 0.52: right per character
+    records.Question('c', ('ab', 'c'), 0),  # 1/16, 1/2; their roots 1/4, 1/2: wrong
+    records.Question('b', ('ccccc', 'bbbbb'), 1),  # 1/2048, 243/1024; right
+  ]
+  got = choices.accuracy(Bigram(), {}, letters(), asked, window=8, batch=2, mesh=one_device)
+  assert (got['accuracy'], got['accuracy_norm']) == (0.5, 0.75)
+  assert got['standard_error'] == pytest.approx(0.25)
+  assert got['chance'] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 2) / 4)
+  assert got['questions'] == 4
+
+
+def test_perplexity_is_that_of_a_plain_forward(loaded, text, source, qalora, tmp_path):
+  row = qalora('evaluate', tmp_path, f'--model={source}', *STORED)[0]
+  lines = [loaded.tokenizer.encode(line) for line in text.read_text(encoding='utf-8').splitlines()[-8:]]
+  tokens = [[0, *line, 1] for line in lines]
+  nats = -sum(summed_log_p(loaded, one, 1) for one in tokens)
+  count = sum(len(one) - 1 for one in tokens)
+  assert row['tokens'] == count
+  # Sums of float32 logits against float64 ones.
+  assert row['nats_per_token'] == pytest.approx(nats / count, rel=1e-5)
+  characters = sum(len(line) for line in text.read_text(encoding='utf-8').splitlines()[-8:])
+  assert row['bits_per_character'] == pytest.approx(nats / math.log(2) / characters, rel=1e-5)
+  assert row['bits_per_weight'] == 32
+
+
+def test_choices_are_those_of_summed_log_probabilities(loaded, questions, source, qalora, tmp_path):
+  row = qalora('evaluate', tmp_path, f'--model={source}', f'evaluate.choices.path={questions}', *STORED)[0]
+  right = right_norm = 0
+  for question in QUESTIONS:
+    given = [0, *loaded.tokenizer.encode(question.get('prompt') or question['question'])]
+    scores = [
+      summed_log_p(loaded, given + loaded.tokenizer.encode(choice), len(given)) for choice in question['choices']
+    ]
+    answer = {'B': 1}.get(question['answer'], question['answer'])
+    right += int(np.argmax(scores)) == answer
+    right_norm += int(np.argmax(np.array(scores) / [len(choice) for choice in question['choices']])) == answer
+  assert (row['accuracy'], row['accuracy_norm']) == (right / 4, right_norm / 4)
+  assert row['chance'] == pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4)
+
+
+def test_results_say_where_they_come_from(trained, recipe, qalora, tmp_path):
+  rows = qalora('evaluate', tmp_path, f'--model={trained}', '--name=tiny', 'seed=3')
+  found = json.loads((tmp_path / 'results.json').read_text())
+  assert set(found) == {'command', 'commit', 'date', 'machine', 'versions', 'seed', 'config', 'origin', 'rows'}
+  assert found['command'].startswith(f'qalora evaluate --config={recipe} --workdir=')
+  assert found['rows'] == rows and rows[0]['model'] == 'tiny'
+  assert (found['seed'], found['config']['seed']) == (3, 3)
+  assert (found['origin']['workdir'], found['origin']['step']) == (str(trained), 8)
+  assert {'python', 'qalora_jax', 'jax', 'flax'} <= set(found['versions'])
+
+
+def test_a_run_scores_what_its_training_measured(trained, qalora):
+  metrics = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
+  row = qalora('evaluate', trained)[0]
+  assert row['nats_per_token'] == metrics[-1]['validation_loss']
+  # 4 bits, a scale and an offset of 32 bits for 16 weights, and an adapter of 2,176 numbers for 18,432 weights.
+  assert row['bits_per_weight'] == pytest.approx(4 + 64 / 16 + 32 * 2176 / 18432)
+
+
+@pytest.mark.parametrize(
+  'words, message',
+  [
+    (['evaluate.text.path='], 'nothing to score: set evaluate.text.path or evaluate.choices.path'),
+    (['evaluate.choices.path={text}', 'evaluate.choices.format=text'], 'needs records with prompt, choices and answer'),
+    (['evaluate.text.path=/nowhere.txt'], 'is not a file'),
+    (['model.source='], 'there is no model to work on'),
+  ],
+)
+def test_what_cannot_be_scored_is_refused(qalora, text, tmp_path, words, message):
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    qalora('evaluate', tmp_path / 'workdir', *(word.format(text=text) for word in words))
+  assert not pathlib.Path(tmp_path / 'workdir').exists()
