@@ -1,11 +1,18 @@
 """Every recipe builds, holds and survives the disk; the paper's recipes hold the paper's numbers."""
 
+import functools
 import pathlib
 
+import jax
 import pytest
 
 from configs import llama
+from qalora_jax import adapters
+from qalora_jax import build
 from qalora_jax import config as config_lib
+from qalora_jax import optim
+from qalora_jax import quant
+from qalora_jax import step
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 RECIPES = sorted(path for path in FOLDER.glob('*.py') if 'def get_config(' in path.read_text())
@@ -55,7 +62,7 @@ def test_settings_of_the_paper(path):
     assert config.train.accumulation == 16
 
 
-@pytest.mark.parametrize(
+TABLE_2 = pytest.mark.parametrize(
   'model, qalora, lora',
   [
     ('llama_7b', 89_309_184, 159_907_840),
@@ -64,6 +71,9 @@ def test_settings_of_the_paper(path):
     ('llama_65b', 446_545_920, 799_539_200),
   ],
 )
+
+
+@TABLE_2
 def test_shapes_give_the_parameters_of_table_2(model, qalora, lora):
   """Rank 64 on all seven projections of every block: R (I / G + O) for QA-LoRA, R (I + O) for LoRA."""
   shape = llama.architecture(model)
@@ -72,3 +82,41 @@ def test_shapes_give_the_parameters_of_table_2(model, qalora, lora):
   for group, expected in ((32, qalora), (1, lora)):
     block = sum(64 * (inputs // group + outputs) for inputs, outputs in projections)
     assert shape['num_hidden_layers'] * block == expected
+
+
+@TABLE_2
+def test_recipes_build_the_parameters_of_table_2(model, qalora, lora):
+  for kind, expected in (('qalora', qalora), ('lora', lora)):
+    shapes = build.abstract_setup(config_lib.recipe(FOLDER / f'{kind}_{model}.py')).shapes
+    assert adapters.count(shapes['params']) == expected
+
+
+@pytest.mark.parametrize('path', [*PAPER, FOLDER / 'quickstart.py'], ids=lambda path: path.stem)
+def test_a_recipe_with_an_architecture_builds_an_abstract_state(path):
+  """The names and sizes of every weight, moments included, without one of them being made."""
+  config = config_lib.recipe(path)
+  # 0 asks the tokenizer, which the quickstart trains only when it runs.
+  config.model.architecture.vocab_size = config.model.architecture.vocab_size or 512
+  shapes = build.abstract_setup(config).shapes
+  tx = optim.adamw(lambda step: 1e-3, **{k: config.optim[k] for k in ('clip', 'beta1', 'beta2', 'eps', 'weight_decay')})
+  state = jax.eval_shape(functools.partial(step.init_state, tx), shapes['params'])
+  # Two moments for every trained number, and the counts.
+  assert adapters.count(state.opt_state) == 2 * adapters.count(state.params) + 2
+  assert bool(quant.matrices(shapes['frozen'])) == (config.base.method == 'affine')
+
+
+@pytest.mark.parametrize(
+  'model, weights',
+  [
+    ('llama_7b', 6_738_415_616),
+    ('llama_13b', 13_015_864_320),
+    ('llama_33b', 32_528_943_616),
+    ('llama_65b', 65_285_660_672),
+    ('llama2_7b', 6_738_415_616),
+    ('llama2_13b', 13_015_864_320),
+  ],
+)
+def test_full_recipes_train_every_weight_of_the_published_models(model, weights):
+  shapes = build.abstract_setup(config_lib.recipe(FOLDER / f'full_{model}.py')).shapes
+  assert adapters.count(shapes['params']) == weights
+  assert not shapes['frozen']

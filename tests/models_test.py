@@ -147,6 +147,25 @@ def test_the_scheme_says_what_is_born_where(kind):
   assert set(shapes['params']['layers']['attention']) == {'q_proj', 'k_proj', 'v_proj', 'o_proj'}
 
 
+@pytest.mark.parametrize('kind', adapters.KINDS)
+def test_no_dense_weight_is_kept_between_forward_and_backward(kind):
+  """Of all that the scanned layers keep, nothing is a float array of the size of one layer's matrix."""
+  scheme = linear.Scheme(quantizers=FOUR_BITS, adapter=adapters.Adapter(kind, 2, 4.0))
+  # The head stays dense and is kept, by reference: its shape must be no other's.
+  model, variables = born(scheme, dataclasses.replace(CONFIG, vocab_size=80))
+  tokens = random_tokens(6, 1, 3)  # so few that activations are smaller than any matrix
+
+  def loss(params):
+    return jnp.sum(model.apply({'params': params, 'frozen': variables['frozen']}, tokens) ** 2)
+
+  _, pull = jax.vjp(loss, variables['params'])
+  kept = [leaf for leaf in jax.tree.leaves(pull) if hasattr(leaf, 'dtype') and leaf.dtype == jnp.float32]
+  layers = variables['frozen']['layers']
+  matrices = [part[name]['kernel'] for part in (layers['attention'], layers['mlp']) for name in part]
+  dense = {matrix.shape for matrix in matrices} | {matrix.shape[1:] for matrix in matrices}
+  assert kept and not [leaf.shape for leaf in kept if leaf.shape in dense]
+
+
 @pytest.mark.parametrize(
   'targets, name, selected',
   [

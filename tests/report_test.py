@@ -68,9 +68,7 @@ def test_cells(value, shown):
 
 def test_tables_have_a_column_for_every_key(capsys):
   rows = [{'model': 'a', 'loss': 0.5}, {'model': 'b', 'tokens': 1200}]
-  assert report.markdown(rows) == (
-    '| model | loss | tokens |\n|---|---|---|\n| a | 0.5000 | – |\n| b | – | 1,200 |\n'
-  )
+  assert report.markdown(rows) == ('| model | loss | tokens |\n|---|---|---|\n| a | 0.5000 | – |\n| b | – | 1,200 |\n')
   report.show('two models', rows)
   shown = capsys.readouterr().out
   assert all(word in shown for word in ('two models', 'model', 'loss', 'tokens', '0.5000', '1,200'))
