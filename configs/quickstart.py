@@ -1,6 +1,8 @@
 """A LLaMA of a million parameters, pretrained from scratch on a made-up world: the first stage of `make quickstart`.
 
-python -m experiments.quickstart    # writes the data, then runs every stage
+python -m experiments.quickstart    # its first command: qalora train --config=configs/quickstart.py ...
+
+Expected: about 0.5 nats per token on held-out text, a third to a half of the questions right (chance: a quarter).
 """
 
 from configs import base

@@ -2,7 +2,9 @@
 
 Differs from quickstart.py in what is trained (an adapter of rank 8), on what (questions), and for how long.
 
-python -m experiments.quickstart    # runs every stage
+python -m experiments.quickstart    # qalora train --config=configs/quickstart_questions.py ... at every bit width
+
+Expected: more than half of the unseen questions right, at every bit width (standard error of one seed: 0.055).
 """
 
 from configs import quickstart

@@ -48,12 +48,12 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """A model ready to run: `variables` holds the collections 'frozen' and 'params'; `origin` says what it is."""
+  """A model ready to run: `variables` holds 'frozen' and 'params', `tokenizer_from` the tokenizer's files."""
 
   model: llama.Llama
   variables: dict
   tokenizer: tokenizer_lib.Tokenizer
-  directory: pathlib.Path | None
+  tokenizer_from: pathlib.Path
   origin: dict
 
 
@@ -130,9 +130,16 @@ def _check_stored(base, stored: dict, name: str) -> None:
     )
 
 
-def tokenizer(config: ml_collections.ConfigDict, directory: pathlib.Path | None) -> tokenizer_lib.Tokenizer:
-  """The tokenizer of config.model.tokenizer, else of the source's directory."""
-  return tokenizer_lib.load(tokenizer_directory(config, directory))
+def tokenizer(config: ml_collections.ConfigDict, built: Setup) -> tokenizer_lib.Tokenizer:
+  """The tokenizer of config.model.tokenizer, else of the source's directory; ValueError if the model lacks its ids."""
+  place = tokenizer_directory(config, built.directory)
+  loaded, rows = tokenizer_lib.load(place), built.model.config.vocab_size
+  if loaded.vocab_size > rows:
+    raise ValueError(
+      f'the tokenizer of {place} has {loaded.vocab_size} tokens, the model embeds {rows}; name its own by '
+      'model.tokenizer, or (from scratch) raise model.architecture.vocab_size.'
+    )
+  return loaded
 
 
 def tokenizer_directory(config: ml_collections.ConfigDict, directory: pathlib.Path | None) -> pathlib.Path:
@@ -230,10 +237,9 @@ def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
     frozen = load_weights(built)
     check_base(workdir, frozen)
     frozen = jax.device_put(frozen, at['frozen'])
+  tokenizer_from = tokenizer_directory(config, built.directory)
   origin = {'workdir': str(workdir), 'step': step, 'source': config.model.source, 'adapter': config.adapter.kind}
-  return Loaded(
-    built.model, {'frozen': frozen, 'params': params}, tokenizer(config, built.directory), built.directory, origin
-  )
+  return Loaded(built.model, {'frozen': frozen, 'params': params}, tokenizer(config, built), tokenizer_from, origin)
 
 
 def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
@@ -243,7 +249,16 @@ def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
   built = setup(config)
   mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
   loaded = variables(built, mesh, config.seed, config.sharding.fallback)
-  return Loaded(built.model, loaded, tokenizer(config, built.directory), built.directory, {'source': name})
+  tokenizer_from = tokenizer_directory(config, built.directory)
+  return Loaded(built.model, loaded, tokenizer(config, built), tokenizer_from, {'source': name})
+
+
+def _check_same(config: ml_collections.ConfigDict, workdir) -> None:
+  """Raises ValueError where the config's base or adapter is not the one that the run was trained with."""
+  changes = config_lib.differences(config_lib.load(workdir), config)
+  if wrong := [change for change in changes if change.startswith(('base.', 'adapter.'))]:
+    lines = '\n  '.join(wrong)
+    raise ValueError(f'{workdir} was trained with another config:\n  {lines}\nleave --config away to take its own.')
 
 
 def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Loaded:
@@ -255,8 +270,12 @@ def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Lo
   if name:
     as_it_stands = config.copy_and_resolve_references()
     as_it_stands.base.method = 'stored'
+    directory = hf.resolve(name, config.model.revision)
+    if any((directory / file).is_file() for file in tokenizer_lib.FILES):
+      as_it_stands.model.tokenizer = ''
     return load_model(as_it_stands, name)
   if workdir and is_run(workdir):
+    _check_same(config, workdir)
     return load_run(config, workdir)
   if not config.model.source or config.model.source == 'scratch':
     raise ValueError(

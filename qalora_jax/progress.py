@@ -8,6 +8,8 @@ import rich.console
 import rich.progress
 
 console = rich.console.Console(highlight=False, soft_wrap=True)
+# Bars go to stderr: what a command says on stdout can be piped.
+_bars = rich.console.Console(highlight=False, soft_wrap=True, stderr=True)
 if not console.is_terminal:
   console.width = 160  # a log has no edge that a table would have to be cut at
 
@@ -27,7 +29,7 @@ class Bar:
       self._live.update(self._task, advance=count, **({'text': text} if text else {}))
     elif self._done >= self._total or time.monotonic() - self._said > 15:
       self._said = time.monotonic()
-      console.print(f'{self._label}: {self._done}/{self._total} {text} ({self._said - self._begun:.0f} s)')
+      _bars.print(f'{self._label}: {self._done}/{self._total} {text} ({self._said - self._begun:.0f} s)')
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def bar(label: str, total: int, start: int = 0) -> Iterator[Bar]:
 
   Off a terminal it prints a line every 15 seconds and at the end.
   """
-  if not console.is_terminal:
+  if not _bars.is_terminal:
     yield Bar(label, total, start, None)
     return
   columns = (
@@ -48,5 +50,5 @@ def bar(label: str, total: int, start: int = 0) -> Iterator[Bar]:
     rich.progress.TextColumn('left'),
     rich.progress.TimeRemainingColumn(),
   )
-  with rich.progress.Progress(*columns, console=console) as live:
+  with rich.progress.Progress(*columns, console=_bars) as live:
     yield Bar(label, total, start, live)

@@ -29,7 +29,7 @@ def main(argv=None) -> None:
   built = build.setup(config)
   if packed.is_packed(built.directory):
     raise ValueError(f'{built.directory} is already quantized; start from its dense source.')
-  tokens = build.tokenizer(config, built.directory)
+  tokens = build.tokenizer(config, built)
   tree = build.load_weights(built)
   packed.write(
     workdir,

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 
 import jax
@@ -31,6 +32,8 @@ def document(command: str, rows: list[dict], **more) -> dict:
 
 def commit() -> str | None:
   """The checkout's commit (with + when files differ from it), or None outside a git checkout."""
+  if shutil.which('git') is None:
+    return None
   here = pathlib.Path(__file__).parent
   git = lambda *words: subprocess.run(('git', '-C', str(here), *words), capture_output=True, text=True, check=False)
   head = git('rev-parse', '--short=12', 'HEAD')

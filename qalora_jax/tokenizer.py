@@ -35,6 +35,7 @@ class Tokenizer:
   eos: int | None
   encode: collections.abc.Callable[[str], list[int]]
   decode: collections.abc.Callable[[collections.abc.Iterable[int]], str]
+  unknown: int | None = None
 
 
 def load(directory) -> Tokenizer:
@@ -113,6 +114,7 @@ def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
     eos=special(processor.eos_id()),
     encode=processor.encode,
     decode=lambda ids: processor.decode([int(token) for token in ids]),
+    unknown=special(processor.unk_id()),
   )
 
 

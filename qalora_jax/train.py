@@ -52,7 +52,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
   sharding.check_rows(config.train.batch, config.train.accumulation, mesh)
   at_frozen = sharding.place(built.abstract, mesh, config.sharding.fallback)['frozen']
-  tokenizer = build.tokenizer(config, built.directory)
+  tokenizer = build.tokenizer(config, built)
   train_data = batches.training(
     build.encode(config, config.data.train, tokenizer),
     window=config.data.window,
@@ -61,7 +61,8 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
     seed=config.seed,
   )
   validation = build.encode(config, config.data.validation, tokenizer) if config.data.validation.path else []
-  config_lib.save(config, workdir, replace=replace_config)
+  if not replace_config:
+    config_lib.save(config, workdir)
 
   rate = optim.schedule(
     config.optim.schedule,
@@ -94,6 +95,9 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
       abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
       state = checkpoint.restore(manager, abstract, train_data)
       progress.console.print(f'continuing from step {int(state.step)}')
+    if replace_config:
+      # Only now: a checkpoint that this config cannot restore leaves the config that wrote it.
+      config_lib.save(config, workdir, replace=True)
     with Log(workdir, int(state.step), config.train.tensorboard) as log:
       return _loop(
         config,
@@ -154,8 +158,8 @@ def _check_finite(done: int, losses: list[tuple], place) -> None:
     first = done - len(losses) + 1 + int(bad[0])
     loss, norm = losses[bad[0]]
     raise Diverged(
-      f'the loss of step {first} is {loss}, its gradient norm {norm}. The last good checkpoint is kept in {place}. Try a lower '
-      'optim.learning_rate, optim.warmup_steps, a smaller optim.clip, or model.dtype = "float32".'
+      f'the loss of step {first} is {loss}, its gradient norm {norm}. The last good checkpoint is kept in {place}. '
+      'Try a lower optim.learning_rate, optim.warmup_steps, a smaller optim.clip, or model.dtype = "float32".'
     )
 
 
@@ -172,7 +176,9 @@ class Log(contextlib.AbstractContextManager):
     path = workdir / 'metrics.jsonl'
     kept = []
     if path.exists():
-      kept = [line for line in path.read_text().splitlines() if json.loads(line)['step'] <= step]
+      # A kill can leave half a line, which has no newline yet.
+      whole = path.read_text().split('\n')[:-1]
+      kept = [line for line in whole if json.loads(line)['step'] <= step]
     path.write_text(''.join(line + '\n' for line in kept))
     self._file = path.open('a')
     self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard')) if tensorboard else None

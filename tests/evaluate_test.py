@@ -133,6 +133,13 @@ def test_a_run_scores_what_its_training_measured(trained, qalora):
   assert row['bits_per_weight'] == pytest.approx(4 + 64 / 16 + 32 * 2176 / 18432)
 
 
+@pytest.mark.parametrize('word', ['adapter.alpha=4', 'adapter.pool=mean', 'base.bits=3'])
+def test_a_run_is_not_scored_as_what_it_is_not(trained, qalora, word):
+  """Weights trained with one alpha mean something else with another; nothing in their shapes would tell."""
+  with pytest.raises(ValueError, match=word.partition('=')[0]):
+    qalora('evaluate', trained, word)
+
+
 @pytest.mark.parametrize(
   'words, message',
   [

@@ -20,7 +20,7 @@ from qalora_jax import train
 FULL = ('adapter.kind=full', 'base.method=stored', 'optim.schedule=cosine', 'optim.warmup_steps=4')
 KINDS = {
   'qalora': (),
-  'lora': ('adapter.kind=lora', 'adapter.dropout=0', 'base.bits=3', 'data.packing=false'),
+  'lora': ('adapter.kind=lora', 'adapter.targets=(o|down)_proj', 'adapter.dropout=0', 'data.packing=false'),
   'full': FULL,
   # The shapes of `source`, so that the compiled program is that of 'full'.
   'scratch': (

@@ -12,9 +12,6 @@ from qalora_jax import sharding
 from qalora_jax import step as step_lib
 from qalora_jax.data import batches
 
-# SentencePiece spells an unknown token as this.
-_UNKNOWN = ' \u2047 '
-
 
 def row_scores(model: nn.Module, variables: dict, *, examples: list, window: int, batch: int, mesh, label: str):
   """The summed NLL in nats of each example's targets, and their number: two float64 arrays in the examples' order."""
@@ -55,6 +52,6 @@ def spelled(tokenizer, examples: list) -> int:
   total = 0
   for example in examples:
     targets = np.asarray(example['tokens'])[np.asarray(example['loss_mask']) > 0]
-    text = tokenizer.decode([int(t) for t in targets if t not in (tokenizer.bos, tokenizer.eos)])
-    total += len(text.replace(_UNKNOWN, '?'))
+    spoken = [int(t) for t in targets if t not in (tokenizer.bos, tokenizer.eos, tokenizer.unknown)]
+    total += len(tokenizer.decode(spoken)) + int(np.sum(targets == tokenizer.unknown))
   return total

@@ -57,7 +57,7 @@ def export(loaded: build.Loaded, config, output: pathlib.Path, *, format: str, d
       raise ValueError(f'not written: {found}. The merged model is not the trained one; please report this.')
     provenance |= {'difference': found.difference, 'tolerance': found.tolerance, 'adapter': config.adapter.to_dict()}
   common = dict(
-    tokenizer_from=build.tokenizer_directory(config, loaded.directory),
+    tokenizer_from=loaded.tokenizer_from,
     bos=loaded.tokenizer.bos,
     eos=loaded.tokenizer.eos,
   )
