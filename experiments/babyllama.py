@@ -37,7 +37,7 @@ WINDOWS = {'e2e': 256, 'stories': 128}
 # Three a method, lower where the model already knows the domain; the best must not be at an edge.
 RATES = {
   'e2e': {'lora': (3e-4, 1e-3, 3e-3), 'qalora': (1e-4, 3e-4, 1e-3)},
-  'stories': {'lora': (1e-4, 3e-4, 1e-3), 'qalora': (3e-5, 1e-4, 3e-4)},
+  'stories': {'lora': (3e-5, 1e-4, 3e-4), 'qalora': (1e-5, 3e-5, 1e-4)},
 }
 
 _PAIRS = dict(format='pairs', separator='||')
