@@ -26,18 +26,22 @@ def command(verb: str, *words) -> None:
 
 
 def trained(workdir: pathlib.Path, *words) -> pathlib.Path:
-  """`workdir` after `qalora train`; a run that was cut short goes on."""
-  if not (workdir / _FINISHED).exists():
+  """`workdir` after `qalora train words`; a run cut short goes on, one of other words is refused."""
+  said, marker = shlex.join(map(str, words)), workdir / _FINISHED
+  if not (marker.exists() and marker.read_text() == said):
     command('train', f'--workdir={workdir}', *words)
-    (workdir / _FINISHED).touch()
+    marker.write_text(said)
   return workdir
 
 
 def scored(workdir: pathlib.Path, *words) -> dict:
-  """The row that `qalora evaluate` wrote into `workdir`."""
-  if not (workdir / 'results.json').exists():
-    command('evaluate', f'--workdir={workdir}', *words)
-  return json.loads((workdir / 'results.json').read_text())['rows'][0]
+  """The row that `qalora evaluate words` wrote into `workdir`; anything else that is there is measured anew."""
+  words, results = [f'--workdir={workdir}', *map(str, words)], workdir / 'results.json'
+  if not (
+    results.exists() and json.loads(results.read_text())['command'] == shlex.join(['qalora', 'evaluate', *words])
+  ):
+    command('evaluate', *words)
+  return json.loads(results.read_text())['rows'][0]
 
 
 def exported(workdir: pathlib.Path, format: str, output: pathlib.Path | None = None) -> pathlib.Path:

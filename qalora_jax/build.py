@@ -15,8 +15,10 @@ from qalora_jax import adapters
 from qalora_jax import checkpoint
 from qalora_jax import config as config_lib
 from qalora_jax import hf
+from qalora_jax import layout
 from qalora_jax import packed
 from qalora_jax import progress
+from qalora_jax import quant
 from qalora_jax import sharding
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import examples
@@ -86,18 +88,19 @@ def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
 
 
 def _setup(config, directory, model_config: llama.ModelConfig, stored: dict | None) -> Setup:
-  model = llama.Llama(model_config, scheme(config, stored))
+  model = llama.Llama(model_config, scheme(config, directory, stored))
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)
-  return Setup(directory, model, {'frozen': {}, 'params': {}, **abstract})
+  abstract = {'frozen': {}, 'params': {}, **jax.eval_shape(model.init, jax.random.key(0), tokens)}
+  _check_targets(config, nn.unbox(abstract))
+  return Setup(directory, model, abstract)
 
 
-def scheme(config: ml_collections.ConfigDict, stored: dict | None = None) -> linear.Scheme:
-  """What stands where at birth.  `stored`: {path: (bits, group)} of an already quantized source."""
+def scheme(config: ml_collections.ConfigDict, directory=None, stored: dict | None = None) -> linear.Scheme:
+  """What stands where at birth.  `stored`: {path: (bits, group)} of the already quantized source in `directory`."""
   base, chosen = config.base, config.adapter
   if stored is not None:
     quantizers = tuple((f'^{path}$', affine.Affine(bits, group)) for path, (bits, group) in stored.items())
-    _check_stored(base, stored, config.model.source)
+    _check_stored(base, stored, directory)
   elif base.method == 'affine':
     quantizers = ((base.targets, affine.Affine(base.bits, base.group, base.symmetric)),)
   else:
@@ -119,15 +122,27 @@ def scheme(config: ml_collections.ConfigDict, stored: dict | None = None) -> lin
   )
 
 
-def _check_stored(base, stored: dict, name: str) -> None:
+def _check_stored(base, stored: dict, directory) -> None:
+  """ValueError where the config asks for another quantization than the directory holds; 'stored' asks for none."""
   if base.method == 'stored':
     return
+  made = packed.manifest(directory)['provenance'].get('base')
   found = sorted(set(stored.values()))
-  if any(bits != base.bits or group != base.group for bits, group in found):
+  same = dict(base) == made if made else all((bits, group) == (base.bits, base.group) for bits, group in found)
+  if not same:
     raise ValueError(
-      f'{name} is already quantized, (bits, group) = {found}; the config asks for bits {base.bits} and group '
-      f'{base.group}. Set base.method = "stored" to take it as it is, or quantize a dense source.'
+      f'{directory} is already quantized ({made or f"(bits, group) = {found}"}); the config asks for {dict(base)}. '
+      'Set base.method = "stored" to take it as it is, or quantize a dense source.'
     )
+
+
+def _check_targets(config, shapes: dict) -> None:
+  """ValueError where a pattern of targets selects nothing."""
+  names = ', '.join(layout.module(path) for path in layout.NAMES if layout.is_matrix(path))
+  if config.base.method == 'affine' and config.adapter.kind != 'full' and not quant.matrices(shapes['frozen']):
+    raise ValueError(f'base.targets = {config.base.targets!r} selects no matrix; there are {names}.')
+  if config.adapter.kind in adapters.KINDS and not shapes['params']:
+    raise ValueError(f'adapter.targets = {config.adapter.targets!r} selects no matrix; there are {names}.')
 
 
 def tokenizer(config: ml_collections.ConfigDict, built: Setup) -> tokenizer_lib.Tokenizer:
@@ -178,8 +193,11 @@ def load_weights(built: Setup) -> dict:
     return hf.load(built.directory, config, scheme_, progress=bar.advance)
 
 
-def variables(built: Setup, mesh: jax.sharding.Mesh, seed: int, fallback: str = 'error') -> dict:
-  """The model's collections on the mesh: weights from the source (or drawn, from scratch), adapters drawn from seed."""
+def variables(built: Setup, mesh: jax.sharding.Mesh, seed: int, fallback: str = 'error', workdir=None) -> dict:
+  """The model's collections on the mesh: weights from the source (or drawn, from scratch), adapters drawn from seed.
+
+  With `workdir`, frozen weights must be those its run began with (`check_base`).
+  """
   at = sharding.place(built.abstract, mesh, fallback)
   tokens = jnp.zeros((1, 8), jnp.int32)
 
@@ -192,6 +210,8 @@ def variables(built: Setup, mesh: jax.sharding.Mesh, seed: int, fallback: str = 
   weights = load_weights(built)
   if built.model.scheme.trains:
     return {'frozen': {}, 'params': jax.device_put(weights, at['params'])}
+  if workdir is not None:
+    check_base(workdir, weights)
   # The compiler drops the frozen weights that init would draw, so only the adapters are made.
   params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
   return {'frozen': jax.device_put(weights, at['frozen']), 'params': params}
@@ -266,7 +286,13 @@ def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Lo
   the trained run in `workdir`, else the config's source quantized as the config says.
   """
   if name and is_run(name):
-    return load_run(config_lib.load(name), name)
+    own = config_lib.load(name)
+    # Where it runs and in which precision is this command's business, not the training's.
+    own.sharding.update(config.sharding)
+    own.model.update(dtype=config.model.dtype, remat=config.model.remat)
+    return load_run(own, name)
+  if name and (pathlib.Path(name) / CHECKPOINTS).is_dir():
+    raise ValueError(f'{name} is a workdir without a finished checkpoint; train on, or wait for its first.')
   if name:
     as_it_stands = config.copy_and_resolve_references()
     as_it_stands.base.method = 'stored'

@@ -29,13 +29,12 @@ The verbs, in their natural order; what one writes, the next one reads:
   export     merges the adapter and writes a model that others can load
   generate   continues a prompt
 
-For example:
-  qalora quantize --config=configs/babyllama.py --workdir=runs/base
-  qalora train    --config=configs/babyllama.py --workdir=runs/a --config.model.source=runs/base \\
-                  --config.base.method=stored
-  qalora evaluate --workdir=runs/a
-  qalora export   --workdir=runs/a
-  qalora generate --workdir=runs/a --prompt='Once upon a time'
+For example, after `make quickstart`:
+  qalora quantize --config=configs/quickstart_questions.py --workdir=runs/four --config.base.method=affine
+  qalora train    --config=configs/quickstart_questions.py --workdir=runs/taught --config.model.source=runs/four
+  qalora evaluate --workdir=runs/taught
+  qalora export   --workdir=runs/taught
+  qalora generate --workdir=runs/taught --prompt='Question: '
 
 qalora VERB --help lists a verb's flags.  Every config KEY is explained in configs/base.py.
 qalora --version prints the version."""

@@ -52,6 +52,13 @@ REPLACE = Flag('replace_config', 'bool', False, 'Let this config replace a diffe
 
 # What only a workdir holds; a model directory has a config.json too, Hugging Face's.
 _RUN_MARK = 'checkpoints'
+_EXAMPLES = {
+  'quantize': '--config=configs/quickstart_questions.py --workdir=runs/four --config.base.method=affine',
+  'train': '--config=configs/quickstart_questions.py --workdir=runs/taught --config.model.source=runs/four',
+  'evaluate': '--workdir=runs/taught',
+  'export': '--workdir=runs/taught',
+  'generate': "--workdir=runs/taught --prompt='Question: '",
+}
 _FLAGS = (
   Flag('config', 'string', None, 'A recipe: a Python file with get_config().  Default: config.json of the workdir.'),
   Flag('workdir', 'string', None, 'The directory of this run: config.json, checkpoints, metrics, results.'),
@@ -270,7 +277,8 @@ def _text(error):
 
 
 def _example(verb):
-  return f'qalora {verb} --config=configs/quickstart.py --workdir=runs/quickstart'
+  """A command that works after `make quickstart`, and after the examples of the verbs before it."""
+  return f'qalora {verb} {_EXAMPLES[verb]}'
 
 
 def _help(verb, summary, own_flags):
@@ -290,7 +298,7 @@ def _help(verb, summary, own_flags):
       '',
       *lines,
       '',
-      f'example: {_example(verb)} --config.seed=1',
+      f'example, after `make quickstart`: {_example(verb)}',
       'Every KEY, with its meaning and unit, is in configs/base.py.',
     ]
   )

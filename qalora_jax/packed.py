@@ -36,11 +36,6 @@ def is_packed(directory) -> bool:
   return (pathlib.Path(directory) / MANIFEST).is_file()
 
 
-def read_config(directory, *, dtype=jnp.float32, remat: str = 'none') -> llama.ModelConfig:
-  """As `hf.read_config`: config.json is the same file."""
-  return hf.read_config(directory, dtype=dtype, remat=remat)
-
-
 def manifest(directory) -> dict:
   """qalora.json, `provenance` included; ValueError for another format, another version or a malformed entry."""
   file = pathlib.Path(directory) / MANIFEST

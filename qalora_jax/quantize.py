@@ -1,5 +1,6 @@
 """`qalora quantize`: a dense model in, a quantized directory out."""
 
+import functools
 import sys
 
 from qalora_jax import build
@@ -31,7 +32,8 @@ def main(argv=None) -> None:
     raise ValueError(f'{built.directory} is already quantized; start from its dense source.')
   tokens = build.tokenizer(config, built)
   tree = build.load_weights(built)
-  packed.write(
+  write = functools.partial(
+    packed.write,
     workdir,
     built.model.config,
     tree,
@@ -40,6 +42,8 @@ def main(argv=None) -> None:
     bos=tokens.bos,
     eos=tokens.eos,
   )
+  with progress.bar('writing weights', built.model.config.num_hidden_layers) as bar:
+    write(progress=bar.advance)
   progress.console.print(f'{quant.summary(tree)}\nwritten to {workdir}')
 
 

@@ -77,7 +77,8 @@ def check_rows(rows: int, accumulation: int, mesh: jax.sharding.Mesh) -> None:
   if (rows // accumulation) % shares:
     raise ValueError(
       f'train.batch = {rows} in train.accumulation = {accumulation} parts is {rows // accumulation} rows, which do '
-      f'not divide over data x fsdp = {shares} devices; use a multiple of {accumulation * shares} rows.'
+      f'not divide over data x fsdp = {shares} devices; use a multiple of {accumulation * shares} rows, or a smaller '
+      'train.accumulation.'
     )
 
 

@@ -75,10 +75,8 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   make_state = functools.partial(step_lib.init_state, tx)
   at_state = sharding.place(jax.eval_shape(make_state, built.abstract['params']), mesh, config.sharding.fallback)
 
-  drawn = build.variables(built, mesh, config.seed, config.sharding.fallback)
+  drawn = build.variables(built, mesh, config.seed, config.sharding.fallback, workdir)
   frozen = drawn['frozen']
-  if frozen:
-    build.check_base(workdir, frozen)
   state = jax.jit(make_state, out_shardings=at_state, donate_argnums=0)(drawn.pop('params'))
   _describe(state.params, frozen)
   step = jax.jit(
@@ -93,6 +91,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   with checkpoint.open_manager(workdir / build.CHECKPOINTS, config.train.keep) as manager:
     if manager.latest_step() is not None:
       abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+      del state  # the restored one takes its room
       state = checkpoint.restore(manager, abstract, train_data)
       progress.console.print(f'continuing from step {int(state.step)}')
     if replace_config:
@@ -115,13 +114,14 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
 def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> step_lib.State:
   settings = config.train
   done = int(state.step)
-  losses, tokens, since = [], [], time.monotonic()
+  losses, tokens, since = [], 0, time.monotonic()
   with progress.bar('training', settings.steps, start=done) as bar:
     while done < settings.steps:
-      state, metrics = step(state, frozen, next(data))
+      batch = next(data)
+      state, metrics = step(state, frozen, batch)
       done += 1
       losses.append((metrics['loss'], metrics['grad_norm']))
-      tokens.append(metrics['tokens'])
+      tokens += np.count_nonzero(batch['segments'])
       last = done == settings.steps
       keeps = last or done % settings.checkpoint_every == 0
       validates = score and (last or (settings.validate_every and done % settings.validate_every == 0))
@@ -131,8 +131,8 @@ def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> st
       # Here alone the host waits for the device: a checkpoint is only ever written of losses seen to be finite.
       _check_finite(done, jax.device_get(losses), manager.directory)
       seconds, since = time.monotonic() - since, time.monotonic()
-      speed = float(np.sum(jax.device_get(tokens))) / seconds
-      losses, tokens = [], []
+      speed = tokens / seconds
+      losses, tokens = [], 0
       if last or done % settings.log_every == 0:
         log.write(
           done,

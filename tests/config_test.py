@@ -212,7 +212,7 @@ def test_help_says_what_and_how(capsys):
     'usage: qalora generate',
     '--prompt=',
     'The text to',
-    'example:',
+    'example, after',
     'configs/base.py',
   ):
     assert part in said

@@ -54,7 +54,7 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path, bits):
   tree = quantized(bits)
   packed.write(tmp_path / 'out', CONFIG, tree, provenance={})
   assert packed.is_packed(tmp_path / 'out')
-  assert packed.read_config(tmp_path / 'out') == CONFIG
+  assert hf.read_config(tmp_path / 'out') == CONFIG
   small_llama.same(packed.load(tmp_path / 'out', CONFIG), tree)
 
 
@@ -76,7 +76,7 @@ def test_every_stored_dtype_comes_back(tmp_path):
 
 def test_real_weights_quantized_while_read(assets, tmp_path):
   source = assets / 'models' / 'babyllama_tok105'
-  config = packed.read_config(source)
+  config = hf.read_config(source)
   assert not packed.is_packed(source)
   tree = hf.load(source, config, linear.Scheme(quantizers=(('all', affine.Affine(3, 32)),)))
   packed.write(tmp_path / 'out', config, tree, provenance={'source': source.name}, tokenizer_from=source)

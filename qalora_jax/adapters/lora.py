@@ -30,17 +30,18 @@ class LoRA(struct.PyTreeNode):
     dropped = drop(x, self.dropout, rng)
     # The update is summed in float32: its early values are below the step of a bfloat16 product.
     down = jnp.dot(dropped, self.a.astype(x.dtype), preferred_element_type=jnp.float32)
-    update = self.scaling * jnp.dot(down, self.b)
+    update = self.scaling * jnp.dot(down, self.b, precision=jax.lax.Precision.HIGHEST)
     return (qmatmul.qmatmul(x, w).astype(jnp.float32) + update).astype(x.dtype)
 
   def merge(self, w) -> jax.Array:
     """w + s * A @ B, dense: for every x, x @ merge(w) == apply(x, w).
 
-    A quantized matrix becomes dense: LoRA changes weights within a group, which codes and offsets cannot follow.
+    In float32 whatever w is stored in: bfloat16 would round small updates away.  A quantized matrix becomes dense: LoRA
+    changes weights within a group, which codes and offsets cannot follow.
     """
     dense = qtensor.dequantize(w) if isinstance(w, qtensor.QTensor) else w
     update = self.scaling * jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
-    return (dense.astype(jnp.float32) + update).astype(dense.dtype)
+    return dense.astype(jnp.float32) + update
 
 
 def init(key, w, axes, *, rank: int, alpha: float, dropout: float) -> LoRA:

@@ -68,9 +68,11 @@ def encode_question(question: records.Question, tokenizer: tokenizer_lib.Tokeniz
   """
   if not isinstance(question, records.Question):
     raise ValueError(f'{_name(question)} has no choices; multiple choice needs prompt, choices and answer')
-  choices = [tokenizer.encode(choice) for choice in question.choices]
+  whole = tokenizer.encode(question.prompt)
+  # Encoded with the prompt: SentencePiece would put a second space before a choice that begins with one.
+  choices = [tokenizer.encode(question.prompt + choice)[len(whole) :] for choice in question.choices]
   room = window - len(_bos(tokenizer)) - max(map(len, choices))
-  prompt = _last(tokenizer.encode(question.prompt), max(room, 0))
+  prompt = _last(whole, max(room, 0))
   if not all(choices) or not prompt:
     raise ValueError(
       f'{_name(question)}: choices of {[len(choice) for choice in choices]} tokens and the prompt '

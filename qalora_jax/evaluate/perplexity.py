@@ -15,7 +15,7 @@ from qalora_jax.data import batches
 
 def row_scores(model: nn.Module, variables: dict, *, examples: list, window: int, batch: int, mesh, label: str):
   """The summed NLL in nats of each example's targets, and their number: two float64 arrays in the examples' order."""
-  score = jax.jit(functools.partial(step_lib.score_rows, model), in_shardings=(None, sharding.batch(mesh)))
+  score = _compiled(model, mesh)
   shares = mesh.shape['data'] * mesh.shape['fsdp']
   batch = -(-batch // shares) * shares  # every device has rows; what is over is filled with rows that do not count
   nll, count = np.zeros(len(examples)), np.zeros(len(examples))
@@ -27,6 +27,12 @@ def row_scores(model: nn.Module, variables: dict, *, examples: list, window: int
       nll[index[real]], count[index[real]] = got_nll[real], got_count[real]
       bar.advance(int(real.sum()))
   return nll, count
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(model: nn.Module, mesh):
+  """One jitted function a model: the validations of a long run share its program."""
+  return jax.jit(functools.partial(step_lib.score_rows, model), in_shardings=(None, sharding.batch(mesh)))
 
 
 def score(

@@ -61,12 +61,13 @@ def export(loaded: build.Loaded, config, output: pathlib.Path, *, format: str, d
     bos=loaded.tokenizer.bos,
     eos=loaded.tokenizer.eos,
   )
-  if format == 'hf':
-    hf.write(output, loaded.model.config, tree, dtype=dtype, **common)
-  else:
-    if not quant.matrices(tree):
-      raise ValueError('nothing in this model is quantized; write it with --format=hf.')
-    packed.write(output, loaded.model.config, tree, provenance=provenance, **common)
+  if format == 'qalora' and not quant.matrices(tree):
+    raise ValueError('nothing in this model is quantized; write it with --format=hf.')
+  with progress.bar('writing weights', loaded.model.config.num_hidden_layers) as bar:
+    if format == 'hf':
+      hf.write(output, loaded.model.config, tree, dtype=dtype, progress=bar.advance, **common)
+    else:
+      packed.write(output, loaded.model.config, tree, provenance=provenance, progress=bar.advance, **common)
   progress.console.print(f'{quant.summary(tree)}\nwritten to {output}')
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from qalora_jax.kernels import reference
 from qalora_jax.quant import qtensor
 
+# Without it a float32 product is TF32 on GPUs and bfloat16 on TPUs, and the offset's small changes are lost again.
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -30,7 +31,7 @@ def transpose(dy, w: qtensor.QTensor) -> jax.Array:
 def sums(x, w: qtensor.QTensor) -> jax.Array:
   """x @ dense(w) in float32, before it is rounded to x's dtype."""
   if x.dtype == jnp.float32:
-    return jnp.dot(x, qtensor.dequantize(w))
+    return jnp.dot(x, qtensor.dequantize(w), precision=_EXACT)
   y = jnp.dot(x, qtensor.scaled(w, x.dtype), preferred_element_type=jnp.float32)
   return y + jnp.dot(reference.pool(x, w.groups), w.offset.astype(jnp.float32), precision=_EXACT)
 
@@ -38,7 +39,7 @@ def sums(x, w: qtensor.QTensor) -> jax.Array:
 def transposed_sums(dy, w: qtensor.QTensor) -> jax.Array:
   """dy @ dense(w).T in float32, before it is rounded to dy's dtype."""
   if dy.dtype == jnp.float32:
-    return jnp.dot(dy, qtensor.dequantize(w).T)
+    return jnp.dot(dy, qtensor.dequantize(w).T, precision=_EXACT)
   dx = jnp.dot(dy, qtensor.scaled(w, dy.dtype).T, preferred_element_type=jnp.float32)
   by_group = jnp.dot(dy.astype(jnp.float32), w.offset.astype(jnp.float32).T, precision=_EXACT)
   return dx + jnp.repeat(by_group, w.group, axis=-1)

@@ -155,6 +155,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
   """tokens [B, T] -> logits [B, T, V] float32.
 
+  In bfloat16 an untied head's logits are rounded to bfloat16 first, as in transformers; a tied head's are not.
   `segments` [B, T] keeps documents that share a row apart (a token sees earlier tokens of its own segment only);
   `positions` [B, T] are counted within them.  Without either, a row is one document.  Apply needs no `scheme`.
   """
