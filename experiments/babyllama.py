@@ -170,14 +170,16 @@ def render() -> None:
     for method in dict.fromkeys(row['method'] for row in own):
       points = [row for row in own if row['method'] == method]
       if points[0]['bits'] == 32:
-        panel.axhline(points[0]['nats per token'], linestyle=':', color='0.6' if method == 'base' else '0.3')
-        panel.annotate(method, (2, points[0]['nats per token']), fontsize=7, va='bottom')
+        shade = '0.7' if method == 'base' else '0.3'
+        panel.axhline(points[0]['nats per token'], linestyle=':', color=shade, label=f'{method} (not rounded)')
         continue
       style = dict(linestyle='--' if 'merged' in method else '-', marker='x' if 'merged' in method else 'o')
       values = [[row[key] or 0.0 for row in points] for key in ('bits', 'nats per token', 'spread')]
       panel.errorbar(values[0], values[1], yerr=values[2], label=method, capsize=3, **style)
     panel.set(title=domain, xlabel='bits per code (group 32)', ylabel='nats per token', xticks=BITS, yscale='log')
     panel.invert_xaxis()
+    panel.yaxis.set_major_formatter('{x:.1f}')
+    panel.yaxis.set_minor_formatter('{x:.1f}')
     panel.legend(fontsize=7)
   figure.tight_layout()
   figure.savefig(RESULTS.with_suffix('.png'), dpi=120)

@@ -82,8 +82,8 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
   for method in dict.fromkeys(row['method'] for row in rows):
     own = [row for row in rows if row['method'] == method]
     if own[0]['bits'] == 32:
-      panel.axhline(own[0]['accuracy'], linestyle=':', color='0.5')
-      panel.annotate(f'{method}, dense', (BITS[0], own[0]['accuracy']), fontsize=8, va='bottom')
+      shade = '0.7' if method == 'pretrained' else '0.3'
+      panel.axhline(own[0]['accuracy'], linestyle=':', color=shade, label=f'{method}, dense')
       continue
     xs, ys, spread = ([row[key] for row in own] for key in ('bits', 'accuracy', 'standard_error'))
     panel.errorbar(xs, ys, yerr=spread, marker='o', capsize=3, label=method)
