@@ -179,7 +179,7 @@ def test_a_group_never_straddles_devices():
   mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1)
   # 64 inputs in groups of 16 are 4 groups, over 8 devices.
   with pytest.raises(
-    ValueError, match=r"q_proj/kernel: its axis 'embed' has 4 parts.*fsdp = 8; use one of \[1, 2, 4\]"
+    ValueError, match=r"k_proj/kernel: its axis 'embed' has 4 parts.*fsdp = 8; use one of \[1, 2, 4\]"
   ):
     sharding.place(abstract['frozen'], mesh)
   held = sharding.place(abstract['frozen'], mesh, fallback='replicate')
