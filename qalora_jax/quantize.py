@@ -1,6 +1,5 @@
 """`qalora quantize`: a dense model in, a quantized directory out."""
 
-import functools
 import sys
 
 from qalora_jax import build
@@ -32,18 +31,17 @@ def main(argv=None) -> None:
     raise ValueError(f'{built.directory} is already quantized; start from its dense source.')
   tokens = build.tokenizer(config, built)
   tree = build.load_weights(built)
-  write = functools.partial(
-    packed.write,
-    workdir,
-    built.model.config,
-    tree,
-    provenance={'source': config.model.source, 'base': config.base.to_dict(), 'merged': False},
-    tokenizer_from=build.tokenizer_directory(config, built.directory),
-    bos=tokens.bos,
-    eos=tokens.eos,
-  )
   with progress.bar('writing weights', built.model.config.num_hidden_layers) as bar:
-    write(progress=bar.advance)
+    packed.write(
+      workdir,
+      built.model.config,
+      tree,
+      provenance={'source': config.model.source, 'base': config.base.to_dict(), 'merged': False},
+      tokenizer_from=build.tokenizer_directory(config, built.directory),
+      bos=tokens.bos,
+      eos=tokens.eos,
+      progress=bar.advance,
+    )
   progress.console.print(f'{quant.summary(tree)}\nwritten to {workdir}')
 
 
