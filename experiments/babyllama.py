@@ -34,7 +34,7 @@ SEEDS, BITS = (0, 1, 2), (4, 3, 2)
 STEPS, BATCH, RANK, ALPHA = 200, 4, 8, 16.0
 # Tokens per row in training: a pair of E2E needs up to 256 characters; stories are split, and still scored at 256.
 WINDOWS = {'e2e': 256, 'stories': 128}
-# Three a method, lower where the model already knows the domain; which was best, and at which edge, is in the table.
+# Three a method, lower where the model already knows the domain; which was best is in the table.
 RATES = {
   'e2e': {'lora': (3e-4, 1e-3, 3e-3), 'qalora': (1e-4, 3e-4, 1e-3)},
   'stories': {'lora': (3e-5, 1e-4, 3e-4), 'qalora': (1e-5, 3e-5, 1e-4)},

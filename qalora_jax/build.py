@@ -184,6 +184,11 @@ def encode(config, spec, tokenizer) -> list[examples.Example]:
   return made
 
 
+def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+  """The mesh that config.sharding describes, over all devices."""
+  return sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
+
+
 def load_weights(built: Setup) -> dict:
   """The source's weights on the host, quantized as the scheme says while they are read."""
   config, scheme_ = built.model.config, built.model.scheme
@@ -246,7 +251,7 @@ def is_run(directory) -> bool:
 def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
   """The base and the trained weights of a workdir, on one replica over all devices."""
   built = setup(config)
-  mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
+  mesh = make_mesh(config)
   at = sharding.place(built.abstract, mesh, config.sharding.fallback)
   abstract = jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), built.shapes['params'], at['params']
@@ -267,7 +272,7 @@ def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
   config = config.copy_and_resolve_references()
   config.model.source, config.adapter.kind = name, 'none'
   built = setup(config)
-  mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
+  mesh = make_mesh(config)
   loaded = variables(built, mesh, config.seed, config.sharding.fallback)
   tokenizer_from = tokenizer_directory(config, built.directory)
   return Loaded(built.model, loaded, tokenizer(config, built), tokenizer_from, {'source': name})

@@ -34,7 +34,7 @@ def main(argv=None) -> str:
   if not tokens:
     raise ValueError('this tokenizer has no BOS to start from: give a --prompt.')
   settings = config.generate
-  written, shown = [], ''
+  written, shown, given = [], '', len(tokenizer.decode(tokens))
   drawn = stream(
     loaded.model,
     loaded.variables,
@@ -51,7 +51,7 @@ def main(argv=None) -> str:
       break
     written.append(token)
     # Decoded with the prompt: the spelling of a token can depend on those before it.
-    text = tokenizer.decode(tokens + written)[len(tokenizer.decode(tokens)) :]
+    text = tokenizer.decode(tokens + written)[given:]
     if not text.endswith('\ufffd'):
       print(text[len(shown) :], end='', flush=True)
       shown = text
@@ -97,9 +97,10 @@ def sample(logits_V, key, *, temperature: float, top_k: int, top_p: float) -> ja
   logits_V = logits_V / temperature
   ordered = jnp.sort(logits_V, descending=True)
   if top_k:
-    logits_V = jnp.where(logits_V >= ordered[min(top_k, logits_V.size) - 1], logits_V, -jnp.inf)
-    ordered = jnp.sort(logits_V, descending=True)
-  before = jnp.cumsum(jax.nn.softmax(ordered)) - jax.nn.softmax(ordered)
+    kth = ordered[min(top_k, logits_V.size) - 1]
+    logits_V, ordered = (jnp.where(x >= kth, x, -jnp.inf) for x in (logits_V, ordered))
+  p = jax.nn.softmax(ordered)
+  before = jnp.cumsum(p) - p
   least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf))
   return jax.random.categorical(key, jnp.where(logits_V >= least, logits_V, -jnp.inf))
 

@@ -49,7 +49,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   if config.adapter.kind == 'none':
     raise ValueError('adapter.kind = "none" trains nothing; use "qalora", "lora" or "full".')
   built = build.setup(config)
-  mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
+  mesh = build.make_mesh(config)
   sharding.check_rows(config.train.batch, config.train.accumulation, mesh)
   at_frozen = sharding.place(built.abstract, mesh, config.sharding.fallback)['frozen']
   tokenizer = build.tokenizer(config, built)
@@ -125,7 +125,8 @@ def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> st
       last = done == settings.steps
       keeps = last or done % settings.checkpoint_every == 0
       validates = score and (last or (settings.validate_every and done % settings.validate_every == 0))
-      if not (keeps or validates or done % settings.log_every == 0):
+      logs = last or done % settings.log_every == 0
+      if not (keeps or validates or logs):
         bar.advance()
         continue
       # Here alone the host waits for the device: a checkpoint is only ever written of losses seen to be finite.
@@ -133,7 +134,7 @@ def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> st
       seconds, since = time.monotonic() - since, time.monotonic()
       speed = tokens / seconds
       losses, tokens = [], 0
-      if last or done % settings.log_every == 0:
+      if logs:
         log.write(
           done,
           loss=metrics['loss'],

@@ -9,7 +9,6 @@ from qalora_jax import config as config_lib
 from qalora_jax import progress
 from qalora_jax import quant
 from qalora_jax import report
-from qalora_jax import sharding
 from qalora_jax.data import records
 from qalora_jax.evaluate import choices
 from qalora_jax.evaluate import perplexity
@@ -48,7 +47,7 @@ def evaluate(loaded: build.Loaded, config) -> dict:
   settings = config.evaluate
   if not settings.text.path and not settings.choices.path:
     raise ValueError('nothing to score: set evaluate.text.path or evaluate.choices.path.')
-  mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
+  mesh = build.make_mesh(config)
   row = {'bits_per_weight': bits_per_weight(loaded.variables), 'bytes': quant.stored_bytes(loaded.variables)}
   common = dict(window=config.data.window, batch=settings.batch, mesh=mesh)
   if settings.text.path:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from qalora_jax import adapters
+from qalora_jax import quant
 from qalora_jax.models import llama
-from qalora_jax.quant import qtensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,5 @@ def _nudged(merged: dict, params: dict, key) -> dict:
     kernel, rank = merged['kernel'], node.a.shape[-1]
     size = (rank + 2 + math.sqrt(kernel.shape[-2])) * jnp.finfo(jnp.float32).eps
     nudge = lambda w, size=size, own=own: w * (1 + size * jax.random.rademacher(own, w.shape, jnp.float32))
-    quantized = isinstance(kernel, qtensor.QTensor)
-    moved['kernel'] = kernel.replace(offset=nudge(kernel.offset)) if quantized else nudge(kernel)
+    moved['kernel'] = kernel.replace(offset=nudge(kernel.offset)) if quant.is_quantized(kernel) else nudge(kernel)
   return moved
