@@ -48,10 +48,10 @@ class QALoRA(struct.PyTreeNode):
     """q with offset + s * A @ B (Xu et al., 2023, App. B, in weight units).
 
     For every x, x @ dense(merge(q)) == x @ dense(q) + s * pool(x) @ A @ B.  Codes and scales are the same arrays,
-    so the result is as small as q.  The offsets are float32.
+    so the result is as small as q, but for the offsets that a q without any (symmetric, NF4) is given.  They are float32.
     """
     update = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
-    return q.replace(offset=q.offset.astype(jnp.float32) + self.scaling(q.group) * update)
+    return q.replace(offset=qtensor.offsets(q) + self.scaling(q.group) * update)
 
 
 def init(key, q, axes, *, rank: int, alpha: float, dropout: float, pool: str = 'sum') -> QALoRA:

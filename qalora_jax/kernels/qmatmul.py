@@ -21,7 +21,7 @@ def qmatmul(x, w, impl: str | None = None) -> jax.Array:
       dx = dy @ dense(w).T        doffset = pool(x).T @ dy
 
   so between forward and backward only pool(x) [..., I / group] is kept, never x and never a dense matrix
-  (the dense matrix is made again).  `impl`: 'xla'; 'reference' (the specification under plain autodiff);
+  (the dense matrix is made again); a matrix without offsets keeps none of it.  `impl`: 'xla'; 'reference' (the specification under plain autodiff);
   None chooses.  Raises ValueError for another name, or where shapes do not meet.
   """
   if x.shape[-1] != w.shape[-2]:
@@ -42,11 +42,13 @@ def _quantized(x, w, impl):
 
 
 def _keep(x, w, impl):
-  return _FORWARD[impl](x, w), (reference.pool(x, w.groups), w)
+  return _FORWARD[impl](x, w), (None if w.offset is None else reference.pool(x, w.groups), w)
 
 
 def _gradients(impl, kept, dy):
   pooled, w = kept
+  if w.offset is None:
+    return _TRANSPOSE[impl](dy, w), None
   rows = dy.reshape(-1, dy.shape[-1]).astype(jnp.float32)
   doffset = jnp.dot(pooled.reshape(-1, w.groups).T, rows, precision=jax.lax.Precision.HIGHEST)
   dw = w.replace(planes=None, scale=None, offset=doffset.astype(w.offset.dtype))

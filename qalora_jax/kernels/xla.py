@@ -33,7 +33,9 @@ def sums(x, w: qtensor.QTensor) -> jax.Array:
   if x.dtype == jnp.float32:
     return jnp.dot(x, qtensor.dequantize(w), precision=_EXACT)
   y = jnp.dot(x, qtensor.scaled(w, x.dtype), preferred_element_type=jnp.float32)
-  return y + jnp.dot(reference.pool(x, w.groups), w.offset.astype(jnp.float32), precision=_EXACT)
+  if w.offset is None:
+    return y
+  return y + jnp.dot(reference.pool(x, w.groups), qtensor.offsets(w), precision=_EXACT)
 
 
 def transposed_sums(dy, w: qtensor.QTensor) -> jax.Array:
@@ -41,5 +43,7 @@ def transposed_sums(dy, w: qtensor.QTensor) -> jax.Array:
   if dy.dtype == jnp.float32:
     return jnp.dot(dy, qtensor.dequantize(w).T, precision=_EXACT)
   dx = jnp.dot(dy, qtensor.scaled(w, dy.dtype).T, preferred_element_type=jnp.float32)
-  by_group = jnp.dot(dy.astype(jnp.float32), w.offset.astype(jnp.float32).T, precision=_EXACT)
+  if w.offset is None:
+    return dx
+  by_group = jnp.dot(dy.astype(jnp.float32), qtensor.offsets(w).T, precision=_EXACT)
   return dx + jnp.repeat(by_group, w.group, axis=-1)

@@ -1,4 +1,4 @@
-"""Affine round-to-nearest quantization in groups along the inputs."""
+"""Affine quantization: integer codes with a scale and an offset in every group of inputs."""
 
 import dataclasses
 
@@ -6,55 +6,112 @@ import jax
 import jax.numpy as jnp
 
 from qalora_jax.quant import qtensor
+from qalora_jax.quant import quantizer
+
+ZEROS = ('real', 'integer')
+CLIPS = ('none', 'percentile', 'mse')
+# The search of GPTQ's released code: the range shrunk by 0, 1, ... 79 %.
+_SHRINKS = 80
 
 
 @dataclasses.dataclass(frozen=True)
-class Affine:
-  """The choices of the affine quantizer: bits 8, 4, 3 or 2; inputs per group (-1: a whole column)."""
+class Affine(quantizer.Quantizer):
+  """Rounds to 2^bits equally spaced levels between a low and a high end of every group of `group` inputs.
 
-  bits: int
-  group: int
+  Asymmetric, zero = 'real' (QA-LoRA, section 3.1, with codes centred), h = 2^(bits-1):
+
+      scale = (high - low) / (2h - 1)     offset = low + h * scale     codes = round((w - offset) / scale)
+
+  zero = 'integer' (GPTQ's and AWQ's files): 0 is in every range and offset = scale * (h - round(-low / scale)), a
+  multiple of the scale, so that a packed zero-point can hold it.  symmetric: no offset.  With a real zero the entry of
+  largest magnitude becomes code -h (GGUF's Q4_0), so scale may be negative; with an integer one
+  scale = 2 max|w| / (2h - 1) (GPTQ's `sym`).
+
+  Low and high are the minimum and maximum; or with clip = 'percentile' those percentiles (100 - p and p) of the group;
+  or with clip = 'mse' the ends, shrunk together by 0 to 79 %, that minimise sum |w - dense|^norm (GPTQ's code: norm
+  2.4).  Unclipped, an error is at most scale / 2 where asymmetric with a real zero, and quantizing `dense` again gives
+  the same codes; a constant group has scale 0 and is exact.
+
+  scale_dtype: 'float32' or 'float16', of scale and offset; codes are fitted to the rounded values.
+  Raises ValueError for values outside these.
+  """
+
   symmetric: bool = False
+  zero: str = 'real'
+  clip: str = 'none'
+  percentile: float = 99.9
+  norm: float = 2.0
+  scale_dtype: str = 'float32'
 
-  def __call__(self, w, name: str = 'a weight') -> qtensor.QTensor:
-    """`quantize` with these choices."""
-    return quantize(w, bits=self.bits, group=self.group, symmetric=self.symmetric, name=name)
+  def __post_init__(self):
+    if self.bits not in qtensor.PLANES:
+      raise ValueError(f'{self.bits} bits; a code has one of {sorted(qtensor.PLANES)} bits.')
+    for key, words in (('zero', ZEROS), ('clip', CLIPS), ('scale_dtype', quantizer.SCALE_DTYPES)):
+      if getattr(self, key) not in words:
+        raise ValueError(f'{key} = {getattr(self, key)!r}; it is one of {words}.')
+    if not 50 < self.percentile <= 100:
+      raise ValueError(f'percentile = {self.percentile}; it is above 50 and at most 100.')
+
+  @property
+  def _half(self) -> int:
+    return 2 ** (self.bits - 1)
+
+  def fit(self, grouped) -> tuple[jax.Array, jax.Array | None]:
+    low, high = self._ends(grouped)
+    if self.clip != 'mse':
+      return self._between(low, high)
+
+    def attempt(index, best):
+      keep = 1.0 - index / 100.0
+      # Towards 0 where 0 has to stay a level, towards the middle elsewhere.
+      middle = jnp.zeros_like(low) if self.symmetric or self.zero == 'integer' else (low + high) / 2
+      scale, offset = self._between(middle + keep * (low - middle), middle + keep * (high - middle))
+      spread = lambda part: None if part is None else part[..., None, :]
+      dense = self.decode(self.encode(grouped, spread(scale), spread(offset)), spread(scale), spread(offset))
+      error = jnp.sum(jnp.abs(dense - grouped) ** self.norm, axis=-2)
+      better = error < best[0]
+      return jax.tree.map(lambda new, old: jnp.where(better, new, old), (error, scale, offset), best)
+
+    return jax.lax.fori_loop(0, _SHRINKS, attempt, (jnp.full_like(low, jnp.inf), *self._between(low, high)))[1:]
+
+  def encode(self, w, scale, offset) -> jax.Array:
+    scale = scale.astype(jnp.float32)
+    step = jnp.where(scale == 0, 1.0, scale)
+    shift = 0.0 if offset is None else offset.astype(jnp.float32)
+    if self.zero == 'integer':
+      # As GPTQ rounds, ties included: the weight first, then the whole number of steps.
+      levels = jnp.round(w / step) - jnp.round(shift / step)
+    else:
+      levels = jnp.round((w - shift) / step)
+    levels = jnp.where(scale == 0, 0.0, levels)
+    return jnp.clip(levels, -self._half, self._half - 1).astype(jnp.int32)
+
+  def _ends(self, grouped) -> tuple[jax.Array, jax.Array]:
+    if self.clip == 'percentile':
+      tail = 1.0 - self.percentile / 100.0
+      low, high = jnp.quantile(grouped, jnp.array([tail, 1.0 - tail]), axis=-2)
+    else:
+      low, high = grouped.min(-2), grouped.max(-2)
+    if self.zero == 'integer' and not self.symmetric:
+      low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    return low, high
+
+  def _between(self, low, high) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and offset of ranges from `low` to `high`."""
+    dtype = jnp.dtype(self.scale_dtype)
+    if self.symmetric:
+      largest = jnp.where(high > -low, high, low)
+      scale = jnp.abs(largest) / (self._half - 0.5) if self.zero == 'integer' else largest / -self._half
+      return scale.astype(dtype), None
+    # What the codes are fitted to is what is stored.
+    scale = ((high - low) / (2 * self._half - 1)).astype(dtype)
+    wide = scale.astype(jnp.float32)
+    if self.zero == 'real':
+      return scale, (low + self._half * wide).astype(dtype)
+    steps = jnp.round(-low / jnp.where(wide == 0, 1.0, wide))
+    return scale, (wide * (self._half - steps)).astype(dtype)
 
 
 def quantize(w, *, bits: int, group: int, symmetric: bool = False, name: str = 'a weight') -> qtensor.QTensor:
-  """Rounds w [..., I, O] to the nearest of 2^bits levels in every group of `group` inputs.
-
-  Asymmetric (QA-LoRA, section 3.1, with codes centred):
-
-      scale = (max w - min w) / (2^bits - 1)     offset = min w + 2^(bits-1) * scale
-      codes = round((w - min w) / scale) - 2^(bits-1)          |w - dense| <= scale / 2
-
-  A constant group has scale 0 and is exact.  Symmetric (as GGUF's Q4_0): offset 0, and the entry of largest
-  magnitude becomes code -2^(bits-1), so scale may be negative; |w - dense| <= |scale|, reached only by entries of
-  the other sign that the missing code 2^(bits-1) would have held.  Both are idempotent: quantizing `dense` again
-  gives the same codes.  Raises ValueError where the group does not divide the inputs or `bits` is unknown.
-  """
-  if bits not in qtensor.PLANES:
-    raise ValueError(f'{name}: {bits} bits; a code has one of {sorted(qtensor.PLANES)} bits.')
-  *leading, inputs, outputs = w.shape
-  group = qtensor.check_group(inputs, group, name)
-  grouped = w.astype(jnp.float32).reshape(*leading, inputs // group, group, outputs)
-  half = 2 ** (bits - 1)
-  fit = _symmetric if symmetric else _asymmetric
-  scale, offset = fit(grouped, half)
-  inverse = jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
-  levels = jnp.round((grouped - offset[..., None, :]) * inverse[..., None, :])
-  codes = jnp.clip(levels, -half, half - 1).astype(jnp.int32).reshape(w.shape)
-  return qtensor.QTensor(qtensor.pack(codes, bits), scale, offset, bits=bits, group=group)
-
-
-def _asymmetric(grouped, half: int) -> tuple[jax.Array, jax.Array]:
-  low, high = grouped.min(-2), grouped.max(-2)
-  scale = (high - low) / (2 * half - 1)
-  return scale, low + half * scale
-
-
-def _symmetric(grouped, half: int) -> tuple[jax.Array, jax.Array]:
-  low, high = grouped.min(-2), grouped.max(-2)
-  scale = jnp.where(high > -low, high, low) / -half
-  return scale, jnp.zeros_like(scale)
+  """`Affine(bits, group, symmetric)` of w [..., I, O]: round to nearest between minimum and maximum."""
+  return Affine(bits, group, symmetric)(w, name)

@@ -9,29 +9,36 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from qalora_jax.quant import codebooks
+from qalora_jax.quant import double
+
 # How the bits of a code are spread over planes: 3 bits are 2 + 1, so that no code straddles two words.
 PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
 WORD = 32
 
 
 class QTensor(struct.PyTreeNode):
-  """A matrix [I, O] in codes of `bits` bits, affine in groups of `group` inputs.
+  """A matrix [I, O] in codes of `bits` bits, in groups of `group` inputs.
 
-      dense[i, o] = codes[i, o] * scale[i // group, o] + offset[i // group, o]
+      dense[i, o] = level(codes[i, o]) * scale[i // group, o] + offset[i // group, o]
 
-  * codes are centred two's-complement integers in [-2^(bits-1), 2^(bits-1) - 1].
+  * codes are centred two's-complement integers in [-2^(bits-1), 2^(bits-1) - 1] and level(c) = c where `levels` is
+    'integer'; for 'nf4' and 'fp4' they are indices 0..15 into `codebooks.CODEBOOKS[levels]`.
   * planes[p] [ceil(I * width_p / 32), O] uint32 holds `width_p` bits of every code, consecutive inputs in
     consecutive fields from the lowest bit up; PLANES gives the widths, low bits first.
   * scale and offset [L, O] are in weight units, float32 or float16.  Never bfloat16: at its 8 bits of
-    mantissa 1-5 % of a merged adapter would be lost (a TypeError says so).
-  * every field keeps the axes (inputs, outputs) of the matrix, so one PartitionSpec is a valid prefix for all.
+    mantissa 1-5 % of a merged adapter would be lost (a TypeError says so).  A scale may be `double.Doubled`.
+    offset is None where there is none (it is 0 then, and takes no bytes).
+  * every field keeps the axes (inputs, outputs) of the matrix, so one PartitionSpec is a valid prefix for all;
+    only the few constants of a Doubled have fewer axes.
   """
 
   planes: tuple[jax.Array, ...]
-  scale: jax.Array
-  offset: jax.Array
+  scale: jax.Array | double.Doubled
+  offset: jax.Array | None
   bits: int = struct.field(pytree_node=False)
   group: int = struct.field(pytree_node=False)
+  levels: str = struct.field(pytree_node=False, default='integer')
 
   def __post_init__(self):
     for name in ('scale', 'offset'):
@@ -80,19 +87,39 @@ def unpack(planes: tuple[jax.Array, ...], bits: int, inputs: int) -> jax.Array:
 
 
 def codes(q: QTensor) -> jax.Array:
-  """The centred int32 codes [..., I, O]."""
-  return unpack(q.planes, q.bits, q.shape[-2])
+  """The int32 codes [..., I, O]: centred where levels are integers, indices of the codebook elsewhere."""
+  found = unpack(q.planes, q.bits, q.shape[-2])
+  return found if q.levels == 'integer' else found & (2**q.bits - 1)
+
+
+def scales(q: QTensor) -> jax.Array:
+  """The float32 scales [..., L, O]."""
+  return double.expand(q.scale) if isinstance(q.scale, double.Doubled) else q.scale.astype(jnp.float32)
+
+
+def offsets(q: QTensor) -> jax.Array:
+  """The float32 offsets [..., L, O]; zeros where there are none."""
+  return jnp.zeros(q.scale.shape, jnp.float32) if q.offset is None else q.offset.astype(jnp.float32)
+
+
+def level(codes, levels: str) -> jax.Array:
+  """The float32 level that each code stands for."""
+  if levels == 'integer':
+    return codes.astype(jnp.float32)
+  return jnp.asarray(codebooks.CODEBOOKS[levels])[codes]
 
 
 def scaled(q: QTensor, dtype=jnp.float32) -> jax.Array:
-  """codes * scale [..., I, O]: the matrix without its offsets."""
-  by_group = codes(q).reshape(*q.scale.shape[:-1], q.group, q.shape[-1])
-  return (by_group * q.scale.astype(jnp.float32)[..., None, :]).reshape(q.shape).astype(dtype)
+  """level * scale [..., I, O]: the matrix without its offsets."""
+  by_group = level(codes(q), q.levels).reshape(*q.scale.shape[:-1], q.group, q.shape[-1])
+  return (by_group * scales(q)[..., None, :]).reshape(q.shape).astype(dtype)
 
 
 def dequantize(q: QTensor) -> jax.Array:
   """The dense float32 matrix [..., I, O] that `q` stands for."""
-  return scaled(q) + jnp.repeat(q.offset.astype(jnp.float32), q.group, axis=-2)
+  if q.offset is None:
+    return scaled(q)
+  return scaled(q) + jnp.repeat(offsets(q), q.group, axis=-2)
 
 
 def check_group(inputs: int, group: int, name: str = 'a weight') -> int:

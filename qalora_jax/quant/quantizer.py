@@ -1,0 +1,62 @@
+"""What every quantizer of groups has in common: fit each group, encode, decode, pack.
+
+I inputs, O outputs, G group size, L groups (I // G).
+"""
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from qalora_jax.quant import qtensor
+
+SCALE_DTYPES = ('float32', 'float16')
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer(abc.ABC):
+  """A family of codes with its choices; hashable, so that weights of one quantizer share one compiled program.
+
+  `group`: inputs that share a scale and an offset; -1: a whole column.
+  """
+
+  bits: int
+  group: int
+
+  @property
+  def levels(self) -> str:
+    """What the codes stand for, as in QTensor.levels."""
+    return 'integer'
+
+  @abc.abstractmethod
+  def fit(self, grouped) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and offset [..., O] (None: no offset) of groups [..., G, O], in the dtype in which they are stored."""
+
+  @abc.abstractmethod
+  def encode(self, w, scale, offset) -> jax.Array:
+    """The int32 codes of w; scale and offset (or None) broadcast against it."""
+
+  def decode(self, codes, scale, offset) -> jax.Array:
+    """level(codes) * scale + offset in float32, broadcast as in `encode`."""
+    dense = qtensor.level(codes, self.levels) * scale.astype(jnp.float32)
+    return dense if offset is None else dense + offset.astype(jnp.float32)
+
+  def store(self, codes, scale, offset) -> qtensor.QTensor:
+    """The QTensor of codes [..., I, O] with scale and offset [..., L, O]."""
+    group = codes.shape[-2] // scale.shape[-2]
+    planes = qtensor.pack(codes, self.bits)
+    return qtensor.QTensor(planes, scale, offset, bits=self.bits, group=group, levels=self.levels)
+
+  def __call__(self, w, name: str = 'a weight') -> qtensor.QTensor:
+    """Rounds w [..., I, O] to the nearest level, group by group.
+
+    Raises ValueError, calling the weight `name`, where the group does not divide the inputs.
+    """
+    *leading, inputs, outputs = w.shape
+    group = qtensor.check_group(inputs, self.group, name)
+    grouped = w.astype(jnp.float32).reshape(*leading, inputs // group, group, outputs)
+    scale, offset = self.fit(grouped)
+    spread = lambda part: None if part is None else part[..., None, :]
+    codes = self.encode(grouped, spread(scale), spread(offset))
+    return self.store(codes.reshape(w.shape), scale, offset)
