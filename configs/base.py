@@ -20,7 +20,8 @@ def dataset():
   """One set of documents: where they are, how they are read, which of them count."""
   return ml_collections.ConfigDict(
     dict(
-      # A file.  Empty: this set is not used.
+      # A file, or one of a dataset on the Hugging Face hub, downloaded on first use:
+      # hf://datasets/ORG/NAME[@REVISION]/PATH/IN/REPO.  Empty: this set is not used.
       path='',
       # 'alpaca' (JSON list of instruction/input/output), 'jsonl' (one record a line, .gz too:
       # prompt/completion, text, or prompt/choices/answer), 'text' (plain), 'pairs' (one `prompt || completion` a line).
@@ -80,20 +81,61 @@ def get_config():
     )
   )
 
-  # The frozen weights.
+  # The frozen weights; with 'qat' the trained ones.
   config.base = ml_collections.ConfigDict(
     dict(
-      # 'stored' (as the source holds them, dense or already quantized) or 'affine' (round to nearest in groups).
+      # 'stored' (as the source holds them, dense or already quantized), 'affine' (round to nearest in groups), 'gptq'
+      # (rounded one input at a time, each error made good by the inputs that follow; needs calibration), 'nf4' or
+      # 'fp4' (4-bit levels of a table; the paper's group is 64), or 'qat' (trained in float32 and used rounded; needs
+      # adapter.kind = 'full').
       method='stored',
-      # Bits per code: 8, 4, 3 or 2.
+      # Bits per code: 8, 4, 3 or 2 ('nf4' and 'fp4': 4).
       bits=4,
       # Inputs that share one scale and one offset; must divide the inputs of every target.  -1: a whole column.
       group=32,
-      # Whether codes are symmetric about zero (offset 0) rather than fitted to min and max.
+      # affine, gptq, qat: whether codes are symmetric about zero (no offset) rather than fitted to min and max.
       symmetric=False,
+      # affine, gptq, qat: 'real' offsets, or 'integer' zero-points, as GPTQ's and AWQ's files hold them.
+      zero='real',
+      # affine, gptq, qat: the ends of a group's range: 'none' (min and max), 'percentile', or 'mse' (a search).
+      clip='none',
+      percentile=99.9,
+      # The power of the error that 'mse' sums; GPTQ's released code takes 2.4.
+      norm=2.0,
+      # Storage of scales and offsets: 'float32' or 'float16'.
+      scale_dtype='float32',
+      # nf4, fp4: whether the scales are quantized too, to 8 bits in blocks of 256.
+      double=False,
+      # Whether offsets are then moved to where the output error on calibration inputs is least (not for 'qat').
+      refine=False,
+      # What is added to the diagonal of its least squares, as a fraction of the diagonal's mean.
+      refine_damping=0.01,
       # Which matrices are quantized: 'all' (every projection of every block), 'attention', 'mlp' (embedding, norms and
-      # head stay dense under all three), or a regular expression searched in names such as layers/mlp/down_proj.
+      # head stay dense under all three), or a regular expression searched in names such as layers/0/mlp/down_proj.
       targets='all',
+      # Weights that differ from the above: `PATTERN: key=value, key=value; PATTERN: ...`, the first pattern that fits a
+      # weight counts.  Patterns are as targets; keys are those of base above, and method=dense leaves a weight as it
+      # is.  For instance 'layers/(0|31)/: bits=8; down_proj: bits=4, group=64'.
+      rules='',
+      # affine, gptq: bits per weight (scales and offsets counted) to spend on all targets together, 8, 4, 3 or 2 bits
+      # being chosen for every weight so that the summed output error is least (rules may say all but bits).
+      # 0: `bits` everywhere.
+      budget=0.0,
+      # GPTQ (Frantar et al., 2022).
+      gptq=dict(
+        # What is added to the diagonal of the Hessian, as a fraction of its mean.
+        damping=0.01,
+        # Inputs whose errors are gathered before the rest is updated; changes the speed alone.
+        block=128,
+        # Whether inputs are rounded by decreasing Hessian diagonal; needs static_groups.
+        act_order=False,
+        # Whether all scales and offsets are fitted to the original weights, before the first is rounded.
+        static_groups=False,
+        # Whether a group is fitted to weights that lack the updates of its own block, as in the released code.
+        stale_groups=False,
+      ),
+      # qat: 'learned' (scales and offsets are trained: LSQ) or 'minmax' (fitted anew to the weights at every step).
+      scales='learned',
     )
   )
 
@@ -110,6 +152,12 @@ def get_config():
       dropout=0.0,
       # As base.targets.
       targets='all',
+      # How A and B begin: 'zero' (B is zero, nothing changes), or from what quantization lost: 'pissa' (the largest
+      # singular directions of the weight leave the base for the adapter), 'loftq' (base and adapter fitted in turn),
+      # 'calibrated' (least output error on calibration inputs, in closed form).
+      init='zero',
+      # loftq: times that base and adapter are fitted in turn.
+      init_iterations=5,
       # qalora only: 'sum' (paper, Algorithm 1) or 'mean' (released code: the update is `group` times weaker).
       pool='sum',
     )
@@ -167,6 +215,21 @@ def get_config():
       beta2=0.999,
       eps=1e-8,
       weight_decay=0.0,
+    )
+  )
+
+  # The text whose activations 'gptq', refine, budget and adapter.init = 'calibrated' look at; it also gives the output
+  # errors of the report for any other method.
+  config.calibration = ml_collections.ConfigDict(
+    dict(
+      text=dataset(),  # documents are joined: append_eos, loss_on and overflow say nothing here
+      # Windows of text, drawn by the seed, and tokens in each.
+      samples=128,
+      length=2048,
+      # Windows that go through a block at a time, on every device that shares rows.
+      batch=8,
+      # Whether matrices of a block see inputs made by the block's already quantized ones.
+      true_sequential=True,
     )
   )
 

@@ -1,8 +1,10 @@
 """From a ConfigDict or a directory to what the commands work on: model, weights, tokenizer."""
 
+from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
+import re
 import zlib
 
 from flax import linen as nn
@@ -18,7 +20,7 @@ from qalora_jax import hf
 from qalora_jax import layout
 from qalora_jax import packed
 from qalora_jax import progress
-from qalora_jax import quant
+from qalora_jax import rules
 from qalora_jax import sharding
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import examples
@@ -26,9 +28,16 @@ from qalora_jax.data import records
 from qalora_jax.models import linear
 from qalora_jax.models import llama
 from qalora_jax.quant import affine
+from qalora_jax.quant import codebooks
+from qalora_jax.quant import float4
+from qalora_jax.quant import gptq
+from qalora_jax.quant import method as method_lib
 
 CHECKPOINTS = 'checkpoints'
+# Where `train` keeps a base that it had to calibrate.
+BASE = 'base'
 _BASE_FILE = 'base.json'
+_BEGINNING = ('kind', 'rank', 'alpha', 'pool', 'targets', 'init', 'init_iterations')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,22 +98,17 @@ def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
 
 def _setup(config, directory, model_config: llama.ModelConfig, stored: dict | None) -> Setup:
   model = llama.Llama(model_config, scheme(config, directory, stored))
+  _check_targets(config, model, directory)
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   abstract = {'frozen': {}, 'params': {}, **jax.eval_shape(model.init, jax.random.key(0), tokens)}
-  _check_targets(config, nn.unbox(abstract))
   return Setup(directory, model, abstract)
 
 
 def scheme(config: ml_collections.ConfigDict, directory=None, stored: dict | None = None) -> linear.Scheme:
-  """What stands where at birth.  `stored`: {path: (bits, group)} of the already quantized source in `directory`."""
-  base, chosen = config.base, config.adapter
+  """What stands where at birth.  `stored`: {weight: form} of the already quantized source in `directory`."""
+  chosen = config.adapter
   if stored is not None:
-    quantizers = tuple((f'^{path}$', affine.Affine(bits, group)) for path, (bits, group) in stored.items())
-    _check_stored(base, stored, directory)
-  elif base.method == 'affine':
-    quantizers = ((base.targets, affine.Affine(base.bits, base.group, base.symmetric)),)
-  else:
-    quantizers = ()
+    _check_stored(config.base, stored, directory)
   if chosen.kind == 'full' and stored:
     raise ValueError(
       f'adapter.kind = "full" trains every weight, but those of {config.model.source} are codes; '
@@ -113,13 +117,53 @@ def scheme(config: ml_collections.ConfigDict, directory=None, stored: dict | Non
   adapter = None
   if chosen.kind in adapters.KINDS:
     adapter = adapters.Adapter(chosen.kind, chosen.rank, chosen.alpha, chosen.dropout, chosen.pool)
-  return linear.Scheme(
-    trains=chosen.kind == 'full',
-    quantizers=quantizers,
-    adapter=adapter,
-    adapted=chosen.targets,
-    frozen_dtype=jnp.dtype(config.model.frozen_dtype),
-  )
+  choices = dict(adapter=adapter, adapted=chosen.targets, frozen_dtype=jnp.dtype(config.model.frozen_dtype))
+  if stored is not None:
+    return packed.scheme_of(stored, **choices)
+  return linear.Scheme(trains=chosen.kind == 'full', quantizers=quantizers(config.base), **choices)
+
+
+def quantizers(base: ml_collections.ConfigDict) -> tuple[tuple[str, Callable | None], ...]:
+  """(pattern, method) of every rule of the config's base, then of its targets; none where it leaves weights stored."""
+  if base.method == 'stored':
+    return ()
+  flat = rules.flatten(base)
+  exceptions = [(pattern, method(flat | settings)) for pattern, settings in rules.parse(base.rules, flat)]
+  return (*exceptions, (base.targets, method(flat)))
+
+
+def method(flat: dict) -> method_lib.Method | method_lib.QAT | None:
+  """How one weight is quantized; `flat` is config.base flattened, for this weight.  None: it stays dense."""
+  kind = flat['method']
+  if kind == 'dense':
+    return None
+  if kind in codebooks.CODEBOOKS:
+    keys = ('group', 'double', 'scale_dtype')
+    quantizer = float4.Float4(kind=kind, **{key: flat[key] for key in keys})
+  else:
+    quantizer = affine.Affine(**{field.name: flat[field.name] for field in dataclasses.fields(affine.Affine)})
+  if kind == 'qat':
+    return method_lib.QAT(quantizer, learned=flat['scales'] == 'learned')
+  options = None
+  if kind == 'gptq':
+    options = gptq.GPTQ(**{field.name: flat[f'gptq.{field.name}'] for field in dataclasses.fields(gptq.GPTQ)})
+  return method_lib.Method(quantizer, options, flat['refine_damping'] if flat['refine'] else None)
+
+
+def is_calibrated(config: ml_collections.ConfigDict) -> bool:
+  """Whether the config's base takes more than reading and rounding each weight: `qalora quantize` makes it."""
+  needs = [getattr(method, 'calibrated', False) for _, method in quantizers(config.base)]
+  return any(needs) or bool(config.base.budget) or config.adapter.init != 'zero'
+
+
+def prepared(config: ml_collections.ConfigDict, workdir) -> ml_collections.ConfigDict:
+  """The config with the base that `train` made in the workdir, if it did, in place of its source."""
+  base = pathlib.Path(workdir) / BASE
+  if not (is_calibrated(config) and packed.is_packed(base)):
+    return config
+  config = config.copy_and_resolve_references()
+  config.model.source = str(base)
+  return config
 
 
 def _check_stored(base, stored: dict, directory) -> None:
@@ -127,22 +171,36 @@ def _check_stored(base, stored: dict, directory) -> None:
   if base.method == 'stored':
     return
   made = packed.manifest(directory)['provenance'].get('base')
-  found = sorted(set(stored.values()))
-  same = dict(base) == made if made else all((bits, group) == (base.bits, base.group) for bits, group in found)
+  found = sorted({(form.bits, form.group) for form in stored.values()})
+  same = base.to_dict() == made if made else found == [(base.bits, base.group)]
   if not same:
+    changed = config_lib.differences(made, base) if made else [f'(bits, group) = {found}']
     raise ValueError(
-      f'{directory} is already quantized ({made or f"(bits, group) = {found}"}); the config asks for {dict(base)}. '
+      f'{directory} is already quantized, otherwise than the config asks for: {"; ".join(changed)}. '
       'Set base.method = "stored" to take it as it is, or quantize a dense source.'
     )
 
 
-def _check_targets(config, shapes: dict) -> None:
-  """ValueError where a pattern of targets selects nothing."""
-  names = ', '.join(layout.module(path) for path in layout.NAMES if layout.is_matrix(path))
-  if config.base.method == 'affine' and config.adapter.kind != 'full' and not quant.matrices(shapes['frozen']):
-    raise ValueError(f'base.targets = {config.base.targets!r} selects no matrix; there are {names}.')
-  if config.adapter.kind in adapters.KINDS and not shapes['params']:
-    raise ValueError(f'adapter.targets = {config.adapter.targets!r} selects no matrix; there are {names}.')
+def _check_targets(config, model: llama.Llama, directory) -> None:
+  """ValueError where a pattern of targets or rules selects nothing."""
+  names = list(layout.weights(model.config))
+  stated = []
+  if directory is None or not packed.is_packed(directory):
+    stated = [('base.targets' if last else 'base.rules', pattern) for pattern, last in _patterns(config.base)]
+  if config.adapter.kind in adapters.KINDS:
+    stated.append(('adapter.targets', config.adapter.targets))
+  for key, pattern in stated:
+    if not any(linear.selects(pattern, name) for name in names):
+      shown = ', '.join(dict.fromkeys(re.sub(r'/\d+/', '/N/', name) for name in names))
+      raise ValueError(
+        f'{key}: {pattern!r} selects no matrix; there are {shown}, N from 0 to {model.config.num_hidden_layers - 1}.'
+      )
+
+
+def _patterns(base) -> list[tuple[str, bool]]:
+  """(pattern, whether it is base.targets) of all that says where quantizers act."""
+  patterns = [pattern for pattern, _ in quantizers(base)]
+  return [(pattern, index == len(patterns) - 1) for index, pattern in enumerate(patterns)]
 
 
 def tokenizer(config: ml_collections.ConfigDict, built: Setup) -> tokenizer_lib.Tokenizer:
@@ -192,16 +250,26 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
 def load_weights(built: Setup) -> dict:
   """The source's weights on the host, quantized as the scheme says while they are read."""
   config, scheme_ = built.model.config, built.model.scheme
+  if not packed.is_packed(built.directory) and any(
+    getattr(quantizer, 'calibrated', False) for _, quantizer in scheme_.quantizers
+  ):
+    raise ValueError(
+      f'{built.directory} is dense, and the base that the config asks for has to be calibrated first: run '
+      '`qalora quantize` with this config, then name its directory as model.source (or by --model).'
+    )
   with progress.bar('reading weights', config.num_hidden_layers) as bar:
     if packed.is_packed(built.directory):
-      return packed.load(built.directory, config, frozen_dtype=scheme_.frozen_dtype, progress=bar.advance)
+      return packed.load(built.directory, config, scheme_, progress=bar.advance)
     return hf.load(built.directory, config, scheme_, progress=bar.advance)
 
 
-def variables(built: Setup, mesh: jax.sharding.Mesh, seed: int, fallback: str = 'error', workdir=None) -> dict:
+def variables(
+  built: Setup, mesh: jax.sharding.Mesh, seed: int, fallback: str = 'error', workdir=None, begins: dict | None = None
+) -> dict:
   """The model's collections on the mesh: weights from the source (or drawn, from scratch), adapters drawn from seed.
 
-  With `workdir`, frozen weights must be those its run began with (`check_base`).
+  With `workdir`, frozen weights must be those its run began with (`check_base`).  With `begins` (see `beginning`) the
+  adapters are those that `qalora quantize` left beside the weights.
   """
   at = sharding.place(built.abstract, mesh, fallback)
   tokens = jnp.zeros((1, 8), jnp.int32)
@@ -217,9 +285,19 @@ def variables(built: Setup, mesh: jax.sharding.Mesh, seed: int, fallback: str = 
     return {'frozen': {}, 'params': jax.device_put(weights, at['params'])}
   if workdir is not None:
     check_base(workdir, weights)
-  # The compiler drops the frozen weights that init would draw, so only the adapters are made.
-  params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
+  if begins is None:
+    # The compiler drops the frozen weights that init would draw, so only the adapters are made.
+    params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
+  else:
+    begun = packed.load_adapter(built.directory, built.shapes['params'], begins)
+    params = jax.device_put(begun, at['params'])
   return {'frozen': jax.device_put(weights, at['frozen']), 'params': params}
+
+
+def beginning(config: ml_collections.ConfigDict) -> dict | None:
+  """What says how adapters begin that do not begin at zero; None where they do."""
+  chosen = config.adapter.to_dict()
+  return None if chosen['init'] == 'zero' else {key: chosen[key] for key in _BEGINNING}
 
 
 def fingerprint(frozen: dict) -> int:
@@ -250,6 +328,7 @@ def is_run(directory) -> bool:
 
 def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
   """The base and the trained weights of a workdir, on one replica over all devices."""
+  config = prepared(config, workdir)
   built = setup(config)
   mesh = make_mesh(config)
   at = sharding.place(built.abstract, mesh, config.sharding.fallback)
@@ -270,7 +349,8 @@ def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
 def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
   """An untrained model: the Hugging Face or quantized directory `name` (or hub id), quantized as the config says."""
   config = config.copy_and_resolve_references()
-  config.model.source, config.adapter.kind = name, 'none'
+  config.model.source = name
+  config.adapter.update(kind='none', init='zero')
   built = setup(config)
   mesh = make_mesh(config)
   loaded = variables(built, mesh, config.seed, config.sharding.fallback)
@@ -281,7 +361,7 @@ def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
 def _check_same(config: ml_collections.ConfigDict, workdir) -> None:
   """Raises ValueError where the config's base or adapter is not the one that the run was trained with."""
   changes = config_lib.differences(config_lib.load(workdir), config)
-  if wrong := [change for change in changes if change.startswith(('base.', 'adapter.'))]:
+  if wrong := [change for change in changes if change.startswith(('base.', 'adapter.', 'calibration.'))]:
     lines = '\n  '.join(wrong)
     raise ValueError(f'{workdir} was trained with another config:\n  {lines}\nleave --config away to take its own.')
 

@@ -128,30 +128,61 @@ def load(
   ValueError for all that the headers show to be wrong (missing, unexpected, duplicate, misshapen, not a float, inputs
   that do not divide into groups), before anything is read.
   """
-  shapes, names = layout.matrix_shapes(config), layout.names(config)
-  found, problems = tensors.headers(directory)
-  wanted = {name: dense_wanted(path, shape) for path, shape in shapes.items() for name in names[path]}
+  source = Source(directory, config)
+  starts = scheme.starts(config.num_hidden_layers, llama.MATRICES)
   dtype = jnp.float32 if scheme.trains else scheme.frozen_dtype
-  blank, quantizers = {}, {}
-  for path, shape in shapes.items():
-    quantizable = layout.is_matrix(path) and not scheme.trains
-    quantizers[path] = scheme.quantizer(layout.module(path)) if quantizable else None
+  blank, quantizers, problems = {}, {}, []
+  for path, names in layout.names(config, starts).items():
+    shape = source.shapes[layout.unstacked(path)]
+    quantizers[path] = scheme.quantizer(linear.weight_name(layout.module(path))) if layout.is_matrix(path) else None
     try:
-      blank[path] = _blank(quantizers[path], shape, dtype, layout.NAMES[path].format('*'))
+      blank[path] = _blank(
+        quantizers[path],
+        shape,
+        dtype,
+        names[0] if len(names) == 1 else layout.NAMES[layout.unstacked(path)].format('*'),
+      )
     except ValueError as error:
       problems.append(str(error))
-  tensors.check(directory, found, wanted, problems, functools.partial(_ignored, config))
-  quantize = {q: jax.jit(lambda w_OI, q=q: q(w_OI.T)) for q in set(quantizers.values()) if q is not None}
+  source.check(problems)
+  quantize = {q: jax.jit(lambda w, q=q: q(w)) for q in set(quantizers.values()) if q is not None}
 
   def part(path, name):
-    stored = tensors.read(name, found[name])
-    if not np.isfinite(stored).all():
-      raise ValueError(f'{directory}: {name} holds NaN or infinite entries; the checkpoint is damaged, get it again.')
-    if quantizers[path] is not None:
-      return quantize[quantizers[path]](stored)
-    return stored.T if layout.is_matrix(path) else stored
+    dense = source.read(path, name)
+    return dense if quantizers[path] is None else quantize[quantizers[path]](dense)
 
   return layout.assemble(config, blank, part, progress)
+
+
+class Source:
+  """A dense directory whose tensors are read one at a time, as this package lays them out.
+
+  `shapes`: {path: shape of a single layer's} under the paths of a model whose layers are one stack.
+  """
+
+  def __init__(self, directory, config: llama.ModelConfig):
+    self._directory, self._config = directory, config
+    self.shapes = layout.matrix_shapes(config)
+    self._found, self._problems = tensors.headers(directory)
+
+  def check(self, problems: Iterable[str] = ()) -> None:
+    """One ValueError for `problems` and all that the headers show to be wrong."""
+    wanted = {
+      name: dense_wanted(path, self.shapes[path])
+      for path, names in layout.names(self._config).items()
+      for name in names
+    }
+    ignored = functools.partial(_ignored, self._config)
+    tensors.check(self._directory, self._found, wanted, [*self._problems, *problems], ignored)
+
+  def read(self, path: str, name: str) -> np.ndarray:
+    """The tensor `name`, a matrix as [inputs, outputs]; ValueError naming it where an entry is not finite."""
+    stored = tensors.read(name, self._found[name])
+    if not np.isfinite(stored).all():
+      raise ValueError(
+        f'{self._directory}: {name} holds NaN or infinite entries; the checkpoint is damaged, get it again.'
+      )
+    return stored.T if layout.is_matrix(path) else stored
 
 
 def write(
@@ -197,12 +228,17 @@ def publish(
   eos,
   shard_bytes: int,
   documents: dict[str, dict] | None = None,
+  others: dict[str, dict] | None = None,
 ) -> None:
-  """Writes named tensors, config.json, a tokenizer and further JSON `documents` as a directory that appears whole."""
+  """Writes named tensors, config.json, a tokenizer, further JSON `documents` and files of `others` ({file: {name:
+  tensor}}) as a directory that appears whole.
+  """
   with tensors.fresh(directory) as temporary:
     write_config(temporary, config, bos=bos, eos=eos, dtype=dtype)
     for name, value in (documents or {}).items():
       tensors.write_json(temporary / name, value)
+    for name, value in (others or {}).items():
+      tensors.save_file(temporary / name, value)
     if tokenizer_from is not None:
       tokenizer.copy(tokenizer_from, temporary)
     tensors.write(temporary, named, shard_bytes)

@@ -1,10 +1,12 @@
 """Where every weight stands: its path in the model's tree and its name in a file, in one table read in both directions.
 
-A path such as layers/mlp/down_proj/kernel names a leaf of the tree, where layers are stacked on a leading axis; a name
-such as model.layers.0.mlp.down_proj.weight a tensor of one layer, as Hugging Face calls it.
+A path such as layers/mlp/down_proj/kernel names a leaf of the tree, where layers are stacked on a leading axis (layers
+that differ are in several stacks: layers_0, layers_3, ...); a name such as model.layers.0.mlp.down_proj.weight a tensor
+of one layer, as Hugging Face calls it.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 import functools
 
@@ -14,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qalora_jax.models import linear
 from qalora_jax.models import llama
 
-# {path: name}; {} stands for the layer.
+# {path: name} of a model whose layers are one stack; {} stands for the layer.
 NAMES = {
   'embedding': 'model.embed_tokens.weight',
   'norm/scale': 'model.norm.weight',
@@ -33,15 +36,23 @@ NAMES = {
 }
 
 
-def names(config: llama.ModelConfig) -> dict[str, list[str]]:
-  """{path: names of its tensors}, one name a layer where layers are stacked."""
-  layers = range(config.num_hidden_layers)
+def names(config: llama.ModelConfig, starts: Iterable[int] = (0,)) -> dict[str, list[str]]:
+  """{path: names of its tensors}, one name a layer where layers are stacked.  `starts`: the stacks' first layers."""
+  starts = list(starts)
+  stops = [*starts[1:], config.num_hidden_layers]
   tied = {'lm_head/kernel'} if config.tie_word_embeddings else set()
-  return {
-    path: [name.format(layer) for layer in layers] if is_stacked(path) else [name]
-    for path, name in NAMES.items()
-    if path not in tied
-  }
+  made = {path: [name] for path, name in NAMES.items() if path not in tied and not is_stacked(path)}
+  for stack, start, stop in zip(linear.stacks(starts), starts, stops, strict=True):
+    for path, name in NAMES.items():
+      if is_stacked(path):
+        made[path.replace(linear.STACK, stack, 1)] = [name.format(layer) for layer in range(start, stop)]
+  return made
+
+
+def weights(config: llama.ModelConfig) -> dict[str, str]:
+  """{weight: name} of every matrix of every layer: {'layers/0/mlp/down_proj': 'model.layers.0.mlp.down_proj', ...}."""
+  every = names(config, range(config.num_hidden_layers))
+  return {linear.weight_name(module(path)): module(of_path[0]) for path, of_path in every.items() if is_matrix(path)}
 
 
 def is_matrix(path: str) -> bool:
@@ -51,7 +62,12 @@ def is_matrix(path: str) -> bool:
 
 def is_stacked(path: str) -> bool:
   """Whether the leaf has a leading axis of layers."""
-  return path.startswith('layers/')
+  return bool(linear.starts([path.partition('/')[0]]))
+
+
+def unstacked(path: str) -> str:
+  """The path as it would be if all layers were one stack: layers_3/mlp/... -> layers/mlp/..."""
+  return f'{linear.STACK}/{path.partition("/")[2]}' if is_stacked(path) else path
 
 
 def module(name: str) -> str:
@@ -70,14 +86,16 @@ def matrix_shapes(config: llama.ModelConfig) -> dict[str, tuple[int, ...]]:
 def assemble(config: llama.ModelConfig, blank: dict, part: Callable, progress: Callable[[], None] | None) -> dict:
   """The tree whose leaf at `path` is part(path, name), stacked over layers and cast to the dtypes of blank[path].
 
-  `blank` holds the abstract leaf of a single layer; part may return any pytree with its leaves.
+  `blank` holds the abstract leaf of a single layer for every path; part may return any pytree with its leaves.
   """
+  starts = linear.starts({path.partition('/')[0] for path in blank})
+  every = names(config, starts)
 
   def empty(path, a):
-    return np.empty((config.num_hidden_layers, *a.shape) if is_stacked(path) else a.shape, a.dtype)
+    return np.empty((len(every[path]), *a.shape) if is_stacked(path) else a.shape, a.dtype)
 
   flat = {path: jax.tree.map(functools.partial(empty, path), leaf) for path, leaf in blank.items()}
-  for path, name, at in _visit(config, progress):
+  for path, name, at in _visit(every, progress):
     for whole, piece in zip(jax.tree.leaves(flat[path]), jax.tree.leaves(part(path, name)), strict=True):
       whole[at] = piece
   return traverse_util.unflatten_dict(flat, sep='/')
@@ -89,27 +107,31 @@ def parts(config: llama.ModelConfig, tree: dict, progress: Callable[[], None] | 
   Raises ValueError, before the first, where the tree is not this model's.
   """
   flat, shapes = traverse_util.flatten_dict(tree, sep='/'), matrix_shapes(config)
-  wrong = [f'{path} is missing' for path in shapes if path not in flat]
-  wrong += [f'{path} is no weight of the model (an adapter is merged first)' for path in flat if path not in shapes]
-  for path in shapes.keys() & flat.keys():
-    shape = (config.num_hidden_layers, *shapes[path]) if is_stacked(path) else shapes[path]
+  every = names(config, linear.starts(tree) or (0,))
+  wrong = [f'{path} is missing' for path in every if path not in flat]
+  wrong += [f'{path} is no weight of the model (an adapter is merged first)' for path in flat if path not in every]
+  for path in every.keys() & flat.keys():
+    shape = shapes[unstacked(path)]
+    shape = (len(every[path]), *shape) if is_stacked(path) else shape
     if flat[path].shape != shape:
       wrong.append(f'{path} has shape {flat[path].shape}, not {shape}')
   if wrong:
     raise ValueError('the tree does not hold the weights of its config:\n  ' + '\n  '.join(sorted(wrong)))
-  for path, name, at in _visit(config, progress):
+  for path, name, at in _visit(every, progress):
     yield path, name, jax.tree.map(lambda a, at=at: np.asarray(a[at]), flat[path])
 
 
-def _visit(config: llama.ModelConfig, progress: Callable[[], None] | None) -> Iterator[tuple]:
+def _visit(every: dict[str, list[str]], progress: Callable[[], None] | None) -> Iterator[tuple]:
   """(path, name, index on the stack) in the order of files; `progress()` after every layer."""
-  every = names(config)
+  stacks = {}
   for path, of_path in every.items():
-    if not is_stacked(path):
+    if is_stacked(path):
+      stacks.setdefault(path.partition('/')[0], {})[path] = of_path
+    else:
       yield path, of_path[0], ...
-  for layer in range(config.num_hidden_layers):
-    for path, of_path in every.items():
-      if is_stacked(path):
-        yield path, of_path[layer], layer
-    if progress is not None:
-      progress()
+  for stack in stacks.values():
+    for at in range(len(next(iter(stack.values())))):
+      for path, of_path in stack.items():
+        yield path, of_path[at], at
+      if progress is not None:
+        progress()

@@ -8,8 +8,10 @@ import difflib
 import math
 import re
 
+from qalora_jax import rules
+
 _DTYPES = ('float32', 'bfloat16')
-_DATASETS = ('data.train', 'data.validation', 'evaluate.text', 'evaluate.choices')
+_DATASETS = ('data.train', 'data.validation', 'evaluate.text', 'evaluate.choices', 'calibration.text')
 _DATASET_CHOICES = {
   'format': ('alpaca', 'jsonl', 'text', 'pairs'),
   'template': ('alpaca', 'plain'),
@@ -21,8 +23,13 @@ CHOICES = {
   'model.dtype': _DTYPES,
   'model.frozen_dtype': _DTYPES,
   'model.remat': ('none', 'dots', 'full'),
-  'base.method': ('stored', 'affine'),
+  'base.method': ('stored', 'affine', 'gptq', 'nf4', 'fp4', 'qat'),
   'base.bits': (8, 4, 3, 2),
+  'base.zero': ('real', 'integer'),
+  'base.clip': ('none', 'percentile', 'mse'),
+  'base.scale_dtype': ('float32', 'float16'),
+  'base.scales': ('learned', 'minmax'),
+  'adapter.init': ('zero', 'pissa', 'loftq', 'calibrated'),
   'adapter.kind': ('qalora', 'lora', 'full', 'none'),
   'adapter.pool': ('sum', 'mean'),
   'optim.schedule': ('constant', 'cosine', 'linear'),
@@ -51,6 +58,16 @@ RANGES = {
   'model.architecture.rope_theta': _ABOVE_ZERO,
   'model.architecture.rms_norm_eps': _ABOVE_ZERO,
   'base.group': _SIZE_OR_REST,
+  'base.percentile': ('above 50 and at most 100', lambda x: 50 < x <= 100),
+  'base.norm': _ABOVE_ZERO,
+  'base.refine_damping': _NATURAL,
+  'base.budget': _NATURAL,
+  'base.gptq.damping': _NATURAL,
+  'base.gptq.block': _POSITIVE,
+  'calibration.samples': _POSITIVE,
+  'calibration.length': ('at least 2', lambda x: x >= 2),
+  'calibration.batch': _POSITIVE,
+  'adapter.init_iterations': _POSITIVE,
   'adapter.rank': _POSITIVE,
   'adapter.alpha': _ABOVE_ZERO,
   'adapter.dropout': _BELOW_ONE,
@@ -88,7 +105,7 @@ def problems(values):
   wrong = [_not_a_choice(key, values[key], words) for key, words in CHOICES.items() if values[key] not in words]
   outside = [key for key, (_, holds) in RANGES.items() if not holds(values[key])]
   wrong += [f'{key} = {values[key]!r}: must be {RANGES[key][0]}' for key in outside]
-  return wrong + _bad_targets(values) + _bad_combinations(values, set(outside))
+  return wrong + _bad_targets(values) + _bad_rules(values) + _bad_combinations(values, set(outside))
 
 
 def _not_a_choice(key, value, words):
@@ -109,20 +126,89 @@ def _bad_targets(values):
   return wrong
 
 
+def _bad_rules(values):
+  base = {key.removeprefix('base.'): value for key, value in values.items() if key.startswith('base.')}
+  try:
+    parsed = rules.parse(values['base.rules'], base)
+  except ValueError as error:
+    return [str(error)]
+  wrong = []
+  if parsed and base['method'] in ('stored', 'qat'):
+    wrong.append(f'base.rules has nothing to act on: base.method = {base["method"]!r} quantizes nothing by rules')
+  for pattern, chosen in parsed:
+    where = f'base.rules, {pattern!r}: '
+    words = {'base.method': ('affine', 'gptq', 'nf4', 'fp4', 'dense')}
+    stated = {f'base.{key}': value for key, value in chosen.items()}
+    wrong += [
+      where + _not_a_choice(key, value, options)
+      for key, value in stated.items()
+      if (options := (CHOICES | words).get(key)) and value not in options
+    ]
+    wrong += [
+      f'{where}{key} = {value!r}: must be {RANGES[key][0]}'
+      for key, value in stated.items()
+      if key in RANGES and not RANGES[key][1](value)
+    ]
+    if base['budget'] and 'bits' in chosen:
+      wrong.append(f'{where}base.bits is chosen by base.budget = {base["budget"]}: leave one of them away')
+    wrong += [where + problem for problem in _bad_method(base | chosen)]
+  return wrong
+
+
+def _bad_method(base):
+  """What does not go together in how one weight is quantized; `base` is flattened, without its prefix."""
+  wrong, method = [], base['method']
+  if method in ('nf4', 'fp4') and base['bits'] != 4:
+    wrong.append(f'base.bits = {base["bits"]}: base.method = {method!r} has 4 bits')
+  if method not in ('nf4', 'fp4', 'dense') and base['double']:
+    wrong.append(f"base.double = True: only the scales of 'nf4' and 'fp4' are quantized again, not those of {method!r}")
+  if base['double'] and base['scale_dtype'] != 'float32':
+    wrong.append("base.scale_dtype = 'float16' with base.double = True: those scales are in 8 bits")
+  if method == 'gptq' and base['gptq.act_order'] and not base['gptq.static_groups']:
+    wrong.append(
+      'base.gptq.act_order = True needs base.gptq.static_groups = True: groups whose inputs are not neighbours cannot '
+      'be pooled, and no QA-LoRA adapter could be merged'
+    )
+  if method == 'gptq' and base['gptq.stale_groups'] and base['gptq.static_groups']:
+    wrong.append('base.gptq.stale_groups and base.gptq.static_groups are both True: static groups are never stale')
+  if method == 'qat' and base['refine']:
+    wrong.append("base.refine = True: base.method = 'qat' trains its weights instead; set base.refine = False")
+  return wrong
+
+
 def _bad_combinations(values, outside):
   wrong = []
+  base = {key.removeprefix('base.'): value for key, value in values.items() if key.startswith('base.')}
+  wrong += _bad_method(base)
   batch, accumulation = values['train.batch'], values['train.accumulation']
   if not outside & {'train.batch', 'train.accumulation'} and batch % accumulation:
     wrong.append(f'train.accumulation = {accumulation} does not divide train.batch = {batch}')
   rest = [f'sharding.{axis}' for axis in ('data', 'fsdp', 'tensor') if values[f'sharding.{axis}'] == -1]
   if len(rest) > 1:
     wrong.append(f'{" and ".join(rest)} are all -1: only one axis can take the devices that are left')
-  kind = values['adapter.kind']
-  if kind == 'full' and values['base.method'] == 'affine':
+  kind, method = values['adapter.kind'], values['base.method']
+  if kind == 'full' and method not in ('stored', 'qat'):
     wrong.append(
-      "adapter.kind = 'full' cannot train base.method = 'affine', whose codes are integers: "
-      "set adapter.kind = 'lora' or 'qalora', or base.method = 'stored'"
+      f"adapter.kind = 'full' cannot train base.method = {method!r}, whose codes are integers: "
+      "set adapter.kind = 'lora' or 'qalora', base.method = 'stored', or base.method = 'qat' to train them rounded"
     )
+  if kind in ('lora', 'qalora') and method == 'qat':
+    wrong.append(
+      f"base.method = 'qat' trains the weights themselves, without an adapter: set adapter.kind = 'full', not {kind!r}"
+    )
+  if base['budget'] and method not in ('affine', 'gptq'):
+    wrong.append(
+      f"base.budget = {base['budget']}: bits are chosen for base.method = 'affine' or 'gptq', not {method!r}"
+    )
+  if values['adapter.init'] != 'zero' and kind not in ('lora', 'qalora'):
+    wrong.append(f'adapter.init = {values["adapter.init"]!r}: adapter.kind = {kind!r} has no A and B to begin with')
+  # A quantized source brings its own adapter, with method 'stored'; which of the two it is shows when it is read.
+  needs = ["base.method = 'gptq'"] if method == 'gptq' else []
+  needs += ['base.refine = True'] if base['refine'] and method != 'stored' else []
+  needs += [f'base.budget = {base["budget"]}'] if base['budget'] else []
+  needs += ["adapter.init = 'calibrated'"] if values['adapter.init'] == 'calibrated' and method != 'stored' else []
+  if needs and not values['calibration.text.path']:
+    wrong.append(f'{" and ".join(needs)} looks at activations: name some text in calibration.text.path')
   if values['model.source'] == 'scratch' and kind in ('lora', 'qalora'):
     wrong.append(
       f"adapter.kind = {kind!r} would adapt random weights (model.source = 'scratch'): "

@@ -1,13 +1,16 @@
 """The package's own directories: a model that is still quantized, merged or not.
 
 As a Hugging Face directory, but the `NAME.weight` of a quantized matrix is replaced by the fields of its QTensor, with
-its axes: `NAME.codes.0`, `NAME.codes.1` (the planes, uint32), `NAME.scale` and `NAME.offset` (float32 or float16).
-qalora.json says which matrices these are, in how many bits and groups, by which formula, and where they come from.
+its axes: `NAME.codes.0`, `NAME.codes.1` (the planes, uint32), `NAME.scale` and `NAME.offset` (float32 or float16); for
+doubly quantized scales `NAME.scale.codes`, `.absmax` and `.mean`.  qalora.json says which matrices these are, in which
+form, by which formula, and where they come from.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import pathlib
+import re
 
 from flax import traverse_util
 import jax
@@ -16,19 +19,30 @@ import jax.numpy as jnp
 from qalora_jax import hf
 from qalora_jax import layout
 from qalora_jax import tensors
+from qalora_jax.models import linear
 from qalora_jax.models import llama
+from qalora_jax.quant import codebooks
 from qalora_jax.quant import qtensor
 
 MANIFEST = 'qalora.json'
+ADAPTER = 'adapter.safetensors'
 FORMAT = 'qalora_jax'
-VERSION = 1
+VERSION = 2
 FORMULA = (
-  "dense[i, o] = code[i, o] * scale[i // group, o] + offset[i // group, o]. A code is a two's-complement number of "
-  '`bits` bits, spread over planes, low bits first, of these widths: 8: [8], 4: [4], 3: [2, 1], 2: [2]. codes.p holds '
-  'plane p: in column o, consecutive inputs fill each uint32 from its lowest bit up, 32 // width of them.'
+  'dense[i, o] = level(code[i, o]) * scale[i // group, o] + offset[i // group, o]. `bits` bits of a code are spread '
+  'over planes, low bits first, of these widths: 8: [8], 4: [4], 3: [2, 1], 2: [2]. codes.p holds plane p: in column '
+  'o, consecutive inputs fill each uint32 from its lowest bit up, 32 // width of them. levels "integer": level(code) '
+  'is the code itself, a two\'s-complement number; levels "nf4" and "fp4": entry `code` of that table of 16 in '
+  '`codebooks`. scale "double": scale = codebooks.dynamic[scale.codes] * scale.absmax[block] + scale.mean, a block '
+  'being 256 scales counted along the groups of output 0, then of output 1, ... offset "none": 0.'
 )
-_SCALES = ('F32', 'F16')
-_ENTRY = ('bits', 'group', 'inputs', 'outputs')
+_ENTRY = {'bits': int, 'group': int, 'inputs': int, 'outputs': int, 'levels': str, 'scale': str, 'offset': str}
+_CHOICES = {
+  'bits': tuple(qtensor.PLANES),
+  'levels': ('integer', *codebooks.CODEBOOKS),
+  'scale': ('float32', 'float16', 'double'),
+  'offset': ('float32', 'float16', 'none'),
+}
 
 
 def is_packed(directory) -> bool:
@@ -45,81 +59,91 @@ def manifest(directory) -> dict:
   if value.get('format') != FORMAT:
     raise ValueError(f'{file}: format is {value.get("format")!r}, not {FORMAT!r}.')
   if value.get('version') != VERSION:
-    raise ValueError(f'{file}: version {value.get("version")!r}; this program reads version {VERSION}: update it.')
+    raise ValueError(
+      f'{file}: version {value.get("version")!r}; this program reads version {VERSION}: update it, or write the '
+      'directory again from its source.'
+    )
   weights = value.get('weights')
   if not isinstance(weights, dict):
     raise ValueError(f'{file}: has no "weights".')
   for name, entry in weights.items():
-    if not isinstance(entry, dict) or any(not isinstance(entry.get(key), int) for key in _ENTRY):
-      raise ValueError(f'{file}: {name} needs the whole numbers {", ".join(_ENTRY)}; it holds {entry!r}.')
-    if entry['bits'] not in qtensor.PLANES:
-      raise ValueError(f'{file}: {name} has {entry["bits"]} bits; a code has one of {sorted(qtensor.PLANES)}.')
+    if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in _ENTRY.items()):
+      wanted = ', '.join(f'{key} ({kind.__name__})' for key, kind in _ENTRY.items())
+      raise ValueError(f'{file}: {name} needs {wanted}; it holds {entry!r}.')
+    for key, words in _CHOICES.items():
+      if entry[key] not in words:
+        raise ValueError(f'{file}: {name} has {key} {entry[key]!r}; it is one of {", ".join(map(str, words))}.')
     if entry['group'] < 1 or entry['inputs'] % entry['group']:
       raise ValueError(f'{file}: {name} has {entry["inputs"]} inputs in groups of {entry["group"]}.')
   return value
 
 
-def describe(directory) -> dict[str, tuple[int, int]]:
-  """{path: (bits, group)} of the quantized matrices, such as {'layers/mlp/down_proj': (4, 32)}.
+def describe(directory) -> dict[str, qtensor.Form]:
+  """{weight: form} of the quantized matrices, such as {'layers/0/mlp/down_proj': Form(bits=4, group=32)}.
 
-  Raises ValueError where qalora.json does not fit config.json, or layers of one stack differ.
+  Raises ValueError where qalora.json does not fit config.json.
   """
   file = pathlib.Path(directory) / MANIFEST
   entries, config = dict(manifest(directory)['weights']), hf.read_config(directory)
   shapes, found = layout.matrix_shapes(config), {}
-  for path, names in layout.names(config).items():
-    if not layout.is_matrix(path):
+  for path, names in layout.names(config, range(config.num_hidden_layers)).items():
+    module, shape = layout.module(names[0]), shapes[layout.unstacked(path)]
+    entry = entries.pop(module, None) if layout.is_matrix(path) else None
+    if entry is None:
       continue
-    forms = {}
-    for module in map(layout.module, names):
-      entry = entries.pop(module, None)
-      if entry is not None and (entry['inputs'], entry['outputs']) != shapes[path]:
-        raise ValueError(f'{file}: {module} is {entry["inputs"]} x {entry["outputs"]}, not {shapes[path]}.')
-      forms.setdefault(None if entry is None else (entry['bits'], entry['group']), module)
-    if len(forms) > 1:
-      differ = ', '.join(f'{form or "dense"} in {module}' for form, module in forms.items())
-      raise ValueError(f'{file}: layers differ in (bits, group): {differ}. A stack of layers must be alike for now.')
-    found[layout.module(path)] = next(iter(forms))
+    if (entry['inputs'], entry['outputs']) != shape:
+      raise ValueError(f'{file}: {module} is {entry["inputs"]} x {entry["outputs"]}, not {shape}.')
+    form = {field.name: entry[field.name] for field in dataclasses.fields(qtensor.Form)}
+    found[linear.weight_name(layout.module(path))] = qtensor.Form(**form)
   if entries:
     raise ValueError(f'{file}: names {", ".join(list(entries)[:8])}, which the model of {hf.CONFIG} does not have.')
-  return {module: form for module, form in found.items() if form is not None}
+  return found
+
+
+def scheme_of(forms: dict[str, qtensor.Form], **choices) -> linear.Scheme:
+  """The scheme of a model whose weights have these forms, as `describe` gives them; `choices` are its other fields."""
+  quantizers = tuple((f'^{re.escape(name)}$', form) for name, form in forms.items())
+  return linear.Scheme(quantizers=quantizers, **choices)
 
 
 def load(
-  directory, config: llama.ModelConfig, *, frozen_dtype=None, progress: Callable[[], None] | None = None
+  directory,
+  config: llama.ModelConfig,
+  scheme: linear.Scheme | None = None,
+  *,
+  progress: Callable[[], None] | None = None,
 ) -> dict:
   """The tree of the collection 'frozen', on the host as numpy arrays: load(write(tree)) == tree, bit for bit.
 
-  Dense weights become `frozen_dtype`, or stay as stored where it is None; codes, scales and offsets always stay.
-  `progress()` is called after every layer.  Raises one ValueError for all that the headers show to be wrong, before
-  anything is read, as `hf.load` does.
+  Layers are stacked as `scheme` says (default: as the directory's own forms allow).  Dense weights become its
+  frozen_dtype, or stay as stored without one; codes, scales and offsets always stay.  `progress()` is called after
+  every layer.  Raises one ValueError for all that the headers show to be wrong, before anything is read, as `hf.load`
+  does.
   """
-  forms, shapes, names = describe(directory), layout.matrix_shapes(config), layout.names(config)
+  forms, shapes, stated = describe(directory), layout.matrix_shapes(config), scheme is not None
+  scheme = scheme or scheme_of(forms)
+  names = layout.names(config, scheme.starts(config.num_hidden_layers, llama.MATRICES))
+  form = {path: forms.get(linear.weight_name(layout.module(path))) for path in names}
   found, problems = tensors.headers(directory)
   fields = {
-    name: _fields(path, name, shape, forms.get(layout.module(path)))
-    for path, shape in shapes.items()
-    for name in names[path]
+    name: _fields(path, name, shapes[layout.unstacked(path)], form[path]) for path in names for name in names[path]
   }
   wanted = {key: want for of_name in fields.values() for key, want in of_name.items()}
   tensors.check(directory, found, wanted, problems)
 
   def blank(path):
-    form, leaves = forms.get(layout.module(path)), []
-    for layers in zip(*(fields[name].items() for name in names[path]), strict=True):
-      stored = functools.reduce(jnp.promote_types, (tensors.DTYPES[found[key].dtype] for key, _ in layers))
-      leaves.append(jax.ShapeDtypeStruct(layers[0][1].shape, stored))
-    if form is None:
-      return jax.ShapeDtypeStruct(shapes[path], frozen_dtype or leaves[0].dtype)
-    *planes, scale, offset = leaves
-    return qtensor.QTensor(tuple(planes), scale, offset, bits=form[0], group=form[1])
+    shape = shapes[layout.unstacked(path)]
+    if form[path] is not None:
+      return jax.eval_shape(form[path], jax.ShapeDtypeStruct(shape, jnp.float32))
+    stored = [tensors.DTYPES[found[name].dtype] for name in names[path]]
+    return jax.ShapeDtypeStruct(shape, scheme.frozen_dtype if stated else functools.reduce(jnp.promote_types, stored))
 
   def part(path, name):
     stored = [tensors.read(key, found[key]) for key in fields[name]]
-    is_transposed = layout.is_matrix(path) and layout.module(path) not in forms
+    is_transposed = layout.is_matrix(path) and form[path] is None
     return [array.T for array in stored] if is_transposed else stored
 
-  return layout.assemble(config, {path: blank(path) for path in shapes}, part, progress)
+  return layout.assemble(config, {path: blank(path) for path in names}, part, progress)
 
 
 def write(
@@ -128,6 +152,7 @@ def write(
   tree: dict,
   *,
   provenance: dict,
+  adapter: tuple[dict, dict] | None = None,
   tokenizer_from=None,
   bos=None,
   eos=None,
@@ -136,23 +161,33 @@ def write(
 ) -> None:
   """Writes a tree as it is, quantized and dense weights alike; `provenance` (JSON) says where it comes from.
 
+  `adapter`: (choices, params) of an adapter for `train` to begin with, see `load_adapter`.
   Otherwise as `hf.write`: tokenizer, shards, `progress()` after every layer, a directory that appears when it is
   whole, ValueError for a target that is not empty or a tree that is not this model's.
   """
   flat = traverse_util.flatten_dict(tree, sep='/')
   quantized = {path: leaf for path, leaf in flat.items() if isinstance(leaf, qtensor.QTensor)}
   weights = {}
-  for path, names in layout.names(config).items():
+  for path, names in layout.names(config, linear.starts(tree) or (0,)).items():
     if path in quantized:
       q = quantized[path]
-      entry = {'bits': q.bits, 'group': q.group, 'inputs': q.shape[-2], 'outputs': q.shape[-1]}
+      entry = dict(dataclasses.asdict(qtensor.form(q)), inputs=q.shape[-2], outputs=q.shape[-1])
       weights |= {layout.module(name): entry for name in names}
+  choices, params = adapter or (None, {})
   document = {'format': FORMAT, 'version': VERSION, 'formula': FORMULA, 'provenance': provenance, 'weights': weights}
+  used = {entry['levels'] for entry in weights.values()} & codebooks.CODEBOOKS.keys()
+  tables = {name: codebooks.CODEBOOKS[name].tolist() for name in sorted(used)}
+  if any(entry['scale'] == 'double' for entry in weights.values()):
+    tables['dynamic'] = codebooks.DYNAMIC.tolist()
+  if tables:
+    document['codebooks'] = tables
+  if choices is not None:
+    document['adapter'] = choices
 
   def named():
     for path, name, leaf in layout.parts(config, tree, progress):
       if path in quantized:
-        yield from zip(_field_names(name, leaf.bits), jax.tree.leaves(leaf), strict=True)
+        yield from zip(_field_names(name, qtensor.form(leaf)), jax.tree.leaves(leaf), strict=True)
       else:
         yield name, leaf.T if layout.is_matrix(path) else leaf
 
@@ -166,28 +201,59 @@ def write(
     eos=eos,
     shard_bytes=shard_bytes,
     documents={MANIFEST: document},
+    others={ADAPTER: _adapter_tensors(params)} if params else {},
   )
 
 
-def _field_names(name: str, bits: int) -> list[str]:
+def load_adapter(directory, blank: dict, choices: dict) -> dict:
+  """The adapter that `write` left in `directory`, on the host, in the structure of the abstract params `blank`.
+
+  Raises ValueError where it left none, or one of other choices (kind, rank, alpha, pool, init, ...).
+  """
+  file, made = pathlib.Path(directory) / ADAPTER, manifest(directory).get('adapter')
+  if made is None:
+    raise ValueError(
+      f'{directory} holds no adapter to begin with, and adapter.init = {choices["init"]!r} asks for one; make it by '
+      '`qalora quantize` with this config from the dense source, or set adapter.init = "zero".'
+    )
+  if made != choices:
+    changed = [key for key in choices if made.get(key) != choices[key]]
+    shown = ', '.join(f'adapter.{key} = {made.get(key)!r}, not {choices[key]!r}' for key in changed)
+    raise ValueError(f'{directory} begins with another adapter than the config asks for: {shown}.')
+  found = tensors.load_file(file)
+  wanted = _adapter_tensors(blank)
+  shapes = [{name: leaf.shape for name, leaf in named.items()} for named in (wanted, found)]
+  if shapes[0] != shapes[1]:
+    wrong = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
+    raise ValueError(f'{file} does not fit the model: {", ".join(wrong[:8])}; quantize the source again.')
+  return jax.tree.unflatten(jax.tree.structure(blank), [found[name] for name in wanted])
+
+
+def _adapter_tensors(params: dict) -> dict:
+  """{layers/mlp/down_proj/adapter.a: leaf, ...} in the order of the tree's leaves."""
+  named = jax.tree.leaves_with_path(params)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in named}
+
+
+def _field_names(name: str, form: qtensor.Form) -> list[str]:
   """The tensors of a quantized matrix, in the order of a QTensor's leaves."""
-  fields = (*(f'codes.{plane}' for plane in range(len(qtensor.PLANES[bits]))), 'scale', 'offset')
-  return [f'{layout.module(name)}.{field}' for field in fields]
+  codes = [f'codes.{plane}' for plane in range(len(qtensor.PLANES[form.bits]))]
+  scale = ['scale.codes', 'scale.absmax', 'scale.mean'] if form.scale == 'double' else ['scale']
+  offset = [] if form.offset == 'none' else ['offset']
+  return [f'{layout.module(name)}.{field}' for field in (*codes, *scale, *offset)]
 
 
-def _fields(path: str, name: str, shape: tuple[int, ...], form: tuple[int, int] | None) -> dict[str, tensors.Wanted]:
+def _fields(path: str, name: str, shape: tuple[int, ...], form: qtensor.Form | None) -> dict[str, tensors.Wanted]:
   """{tensor name: what it has to be} of one leaf: one tensor where it is dense."""
   if form is None:
     return {name: hf.dense_wanted(path, shape)}
-  bits, group = form
-  inputs, outputs = shape
-  by_group = tensors.Wanted((inputs // group, outputs), _SCALES)
-  wanted = [*(tensors.Wanted(plane, ('U32',)) for plane in _planes(shape, bits)), by_group, by_group]
-  return dict(zip(_field_names(name, bits), wanted, strict=True))
+  wanted = [tensors.Wanted(leaf_shape, (dtype,)) for leaf_shape, dtype in _leaves(shape, form)]
+  return dict(zip(_field_names(name, form), wanted, strict=True))
 
 
 @functools.cache
-def _planes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], ...]:
-  """The shapes of the planes of a matrix's codes."""
-  codes = jax.ShapeDtypeStruct(shape, jnp.int32)
-  return tuple(plane.shape for plane in jax.eval_shape(functools.partial(qtensor.pack, bits=bits), codes))
+def _leaves(shape: tuple[int, ...], form: qtensor.Form) -> tuple[tuple[tuple[int, ...], str], ...]:
+  """Shape and safetensors' dtype of every leaf of a matrix of this shape and form."""
+  names = {jnp.dtype(dtype): name for name, dtype in tensors.DTYPES.items()}
+  blank = jax.eval_shape(form, jax.ShapeDtypeStruct(shape, jnp.float32))
+  return tuple((leaf.shape, names[leaf.dtype]) for leaf in jax.tree.leaves(blank))

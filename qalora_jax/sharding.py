@@ -45,8 +45,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -
 def place(abstract, mesh: jax.sharding.Mesh, fallback: str = 'error'):
   """The NamedSharding of every leaf of an abstract tree of boxed (logically named) and plain leaves.
 
-  Codes, scales and offsets of a quantized matrix share one spec, so a group never straddles devices.  A dimension
-  that its mesh axis does not divide is a ValueError that names the weight and the sizes that would, or, with
+  Codes, scales and offsets of a quantized matrix share one spec, so a group never straddles devices; what has fewer
+  axes than the matrix (the constants of doubly quantized scales) is held whole everywhere.  A dimension that its mesh axis does not divide is a ValueError that names the weight and the sizes that would, or, with
   fallback='replicate', is held whole on every device.  Plain leaves are replicated.
   """
   boxed = lambda node: isinstance(node, meta.AxisMetadata)
@@ -56,7 +56,10 @@ def place(abstract, mesh: jax.sharding.Mesh, fallback: str = 'error'):
       return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     name = '/'.join(str(getattr(key, 'key', getattr(key, 'name', key))) for key in path)
     spec = _spec(name, node, mesh, fallback)
-    return jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, spec), node.value)
+    whole = jax.sharding.PartitionSpec()
+    return jax.tree.map(
+      lambda part: jax.sharding.NamedSharding(mesh, spec if part.ndim == len(spec) else whole), node.value
+    )
 
   return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=boxed)
 
@@ -87,7 +90,7 @@ def _spec(name: str, box: nn.LogicallyPartitioned, mesh, fallback: str) -> jax.s
   for d, axis in enumerate(axes):
     if axis is None:
       continue
-    sizes = [leaf.shape[d] for leaf in jax.tree.leaves(box.value)]
+    sizes = [leaf.shape[d] for leaf in jax.tree.leaves(box.value) if leaf.ndim == len(axes)]
     shared = math.gcd(*sizes)
     if shared % mesh.shape[axis]:
       if fallback != 'replicate':

@@ -18,7 +18,7 @@ from safetensors import numpy as safetensors_numpy
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 # The dtypes that are read, under safetensors' names.
-DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'U32': np.uint32}
+DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'U32': np.uint32, 'U8': np.uint8}
 _PICKLES = ('*.bin', '*.pth', '*.pt')
 _NAMED_AT_MOST = 8
 
@@ -200,10 +200,32 @@ def _open(file: pathlib.Path):
     raise ValueError(f'{file}: damaged or cut short ({error}); copy or download it again.') from error
 
 
+def save_file(file: pathlib.Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
+  """Writes one safetensors file, which appears whole; arrays may be on a device."""
+  held = {name: np.ascontiguousarray(np.asarray(tensor)) for name, tensor in tensors.items()}
+  partial = file.with_name(f'.{file.name}.{os.getpid()}')
+  # transformers refuses a file that does not say 'pt'.
+  safetensors_numpy.save_file(held, partial, metadata={'format': 'pt', **(metadata or {})})
+  # safetensors makes files for their owner alone; give them the directory's rights, as any other file has.
+  partial.chmod(file.parent.stat().st_mode & 0o666)
+  partial.replace(file)
+
+
+def load_file(file: pathlib.Path) -> dict[str, np.ndarray]:
+  """Every tensor of one safetensors file; FileNotFoundError or ValueError naming it where it is absent or damaged."""
+  if not file.is_file():
+    raise FileNotFoundError(f'{file}: not found; make the directory again.')
+  with _open(file) as opened:
+    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - the handle is no mapping
+
+
+def metadata(file: pathlib.Path) -> dict[str, str]:
+  """The metadata of one safetensors file."""
+  with _open(file) as opened:
+    return opened.metadata() or {}
+
+
 def _save(directory: pathlib.Path, number: int, tensors: dict[str, np.ndarray]) -> tuple[pathlib.Path, list[str]]:
   file = directory / f'shard-{number}.safetensors'
-  # transformers refuses a file that does not say 'pt'.
-  safetensors_numpy.save_file(tensors, file, metadata={'format': 'pt'})
-  # safetensors makes files for their owner alone; give them the directory's rights, as any other file has.
-  file.chmod(directory.stat().st_mode & 0o666)
+  save_file(file, tensors)
   return file, list(tensors)

@@ -17,8 +17,10 @@ from qalora_jax import checkpoint
 from qalora_jax import cli
 from qalora_jax import config as config_lib
 from qalora_jax import optim
+from qalora_jax import packed
 from qalora_jax import progress
 from qalora_jax import quant
+from qalora_jax import quantize
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
 from qalora_jax.data import batches
@@ -51,7 +53,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   built = build.setup(config)
   mesh = build.make_mesh(config)
   sharding.check_rows(config.train.batch, config.train.accumulation, mesh)
-  at_frozen = sharding.place(built.abstract, mesh, config.sharding.fallback)['frozen']
+  sharding.place(built.abstract, mesh, config.sharding.fallback)  # refuses what does not divide
   tokenizer = build.tokenizer(config, built)
   train_data = batches.training(
     build.encode(config, config.data.train, tokenizer),
@@ -63,6 +65,8 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   validation = build.encode(config, config.data.validation, tokenizer) if config.data.validation.path else []
   if not replace_config:
     config_lib.save(config, workdir)
+  built = _with_base(config, workdir, built)
+  at_frozen = sharding.place(built.abstract, mesh, config.sharding.fallback)['frozen']
 
   rate = optim.schedule(
     config.optim.schedule,
@@ -75,7 +79,8 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   make_state = functools.partial(step_lib.init_state, tx)
   at_state = sharding.place(jax.eval_shape(make_state, built.abstract['params']), mesh, config.sharding.fallback)
 
-  drawn = build.variables(built, mesh, config.seed, config.sharding.fallback, workdir)
+  begins = build.beginning(config)
+  drawn = build.variables(built, mesh, config.seed, config.sharding.fallback, workdir, begins)
   frozen = drawn['frozen']
   state = jax.jit(make_state, out_shardings=at_state, donate_argnums=0)(drawn.pop('params'))
   _describe(state.params, frozen)
@@ -109,6 +114,15 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
         manager=manager,
         log=log,
       )
+
+
+def _with_base(config, workdir: pathlib.Path, built: build.Setup) -> build.Setup:
+  """`built`, or, where the base has to be calibrated, what is built on the one in the workdir, which is made once."""
+  if built.directory is None or packed.is_packed(built.directory) or not build.is_calibrated(config):
+    return built
+  if not packed.is_packed(workdir / build.BASE):
+    quantize.quantize(config, workdir / build.BASE)
+  return build.setup(build.prepared(config, workdir))
 
 
 def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> step_lib.State:

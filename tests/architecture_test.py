@@ -9,16 +9,18 @@ PACKAGE = 'qalora_jax'
 # A module imports from its own layer and from those before it.  A name stands for a module and all below it;
 # the longest name counts.
 LAYERS = (
-  ('progress', 'limits'),
+  ('progress', 'rules', 'limits'),
   ('quant',),
   ('kernels',),
   ('adapters',),
   ('models',),
   ('step', 'optim', 'sharding'),
   ('layout', 'tensors', 'hf', 'packed', 'tokenizer', 'data', 'checkpoint'),
-  ('evaluate', 'export', 'report'),
+  ('evaluate', 'export', 'report', 'inspection', 'calibrate'),
   ('config', 'cli', 'build'),
-  ('train', 'quantize', 'generate', 'evaluate.command', 'export.command'),
+  ('evaluate.command', 'export.command', 'generate'),
+  ('quantize',),
+  ('train',),
   ('__main__', 'evaluate.__main__', 'export.__main__'),
 )
 # The only rooms that read a ConfigDict.

@@ -3,6 +3,8 @@
 import gzip
 import itertools
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -147,6 +149,76 @@ def test_broken_gzip_is_named(tmp_path):
 def test_missing_file_is_named(tmp_path, name):
   with pytest.raises(FileNotFoundError, match='is not a file'):
     records.read(records.Source(str(tmp_path / name) if name else ''))
+
+
+HUB = 'hf://datasets/allenai/c4'
+
+
+def _hub(monkeypatch, answer):
+  """A hub whose downloads are answered by `answer(repo, file, revision)`."""
+
+  def download(repo, file, *, repo_type, revision):
+    assert repo_type == 'dataset'
+    return answer(repo, file, revision)
+
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', types.SimpleNamespace(hf_hub_download=download))
+
+
+@pytest.mark.parametrize(
+  ('url', 'asked'),
+  [
+    (f'{HUB}/en/train.00.json.gz', ('allenai/c4', 'en/train.00.json.gz', 'main')),
+    (f'{HUB}/train@2.json.gz', ('allenai/c4', 'train@2.json.gz', 'main')),
+    (f'{HUB}@v1.2/en/a b.json.gz', ('allenai/c4', 'en/a b.json.gz', 'v1.2')),
+    (f'{HUB}@refs/convert/parquet/en/a.gz', ('allenai/c4', 'en/a.gz', 'refs/convert/parquet')),
+    (f'{HUB}@refs/pr/12/a.gz', ('allenai/c4', 'a.gz', 'refs/pr/12')),
+    (f'{HUB}@my%2Fbranch/en/a.gz', ('allenai/c4', 'en/a.gz', 'my/branch')),
+  ],
+)
+def test_a_file_of_the_hub_is_downloaded_and_read(tmp_path, monkeypatch, url, asked):
+  file = tmp_path / asked[1].rpartition('/')[2]
+  file.write_bytes(gzip.compress(b'{"text": "a", "url": "b"}\n{"text": "c"}'))
+  calls = []
+  _hub(monkeypatch, lambda *call: calls.append(call) or str(file))
+  assert records.read(records.Source(url, start=1)) == [records.Text('c')]
+  assert calls == [asked]
+
+
+def test_records_of_the_hub_are_named_by_their_url(tmp_path, monkeypatch):
+  _hub(monkeypatch, lambda *call: _write(tmp_path / 'blob.jsonl', GOOD + '{}'))
+  with pytest.raises(ValueError, match=f'{HUB}/a.jsonl:2: record has only'):
+    records.read(records.Source(f'{HUB}/a.jsonl'))
+
+
+@pytest.mark.parametrize(
+  'url',
+  [
+    'hf://',
+    'hf://allenai/c4/en/a.json',
+    'hf://datasets/c4/a.json',
+    'hf://models/allenai/c4/a.json',
+    HUB,
+    f'{HUB}/',
+    f'{HUB}/en/',
+    f'{HUB}//a.json',
+    f'{HUB}@/a.json',
+    f'{HUB}@main',
+    f'{HUB}@a@b/a.json',
+  ],
+)
+def test_a_malformed_url_of_the_hub_is_named(monkeypatch, url):
+  _hub(monkeypatch, lambda *call: pytest.fail('nothing is to be asked for'))
+  with pytest.raises(ValueError, match=r'is no file of a dataset on the hub; the form is hf://datasets/ORG/NAME\[@'):
+    records.read(records.Source(url))
+
+
+def test_a_failing_download_names_the_way_out(monkeypatch):
+  def fail(*call):
+    raise RuntimeError('404 not here')
+
+  _hub(monkeypatch, fail)
+  with pytest.raises(FileNotFoundError, match=f'{HUB}/a.json .RuntimeError: 404 not here.*name it by its own path'):
+    records.read(records.Source(f'{HUB}/a.json'))
 
 
 # Examples.

@@ -169,12 +169,12 @@ def test_no_dense_weight_is_kept_between_forward_and_backward(kind):
 @pytest.mark.parametrize(
   'targets, name, selected',
   [
-    ('all', 'layers/mlp/down_proj', True),
+    ('all', 'layers/0/mlp/down_proj', True),
     ('all', 'lm_head', False),
-    ('attention', 'layers/attention/o_proj', True),
-    ('attention', 'layers/mlp/up_proj', False),
-    ('(q|v)_proj', 'layers/attention/v_proj', True),
-    ('(q|v)_proj', 'layers/attention/k_proj', False),
+    ('attention', 'layers/11/attention/o_proj', True),
+    ('attention', 'layers/0/mlp/up_proj', False),
+    ('(q|v)_proj', 'layers/0/attention/v_proj', True),
+    ('(q|v)_proj', 'layers/0/attention/k_proj', False),
     ('_proj$|lm_head', 'lm_head', True),
   ],
 )

@@ -35,7 +35,7 @@ def _quantized(bits, targets):
 
   def leaf(path, w):
     names = [key.key for key in path]
-    chosen = names[-1] == 'kernel' and linear.selects(targets, '/'.join(names[:-1]))
+    chosen = names[-1] == 'kernel' and linear.selects(targets, linear.weight_name('/'.join(names[:-1])))
     return quantize(w) if chosen else w
 
   return jax.tree.map_with_path(leaf, small_llama.draw(CONFIG))
@@ -68,8 +68,11 @@ def test_every_stored_dtype_comes_back(tmp_path):
   packed.write(tmp_path / 'out', CONFIG, tree, provenance={}, shard_bytes=4000)
   assert len(list((tmp_path / 'out').glob('model-*.safetensors'))) > 3
   small_llama.same(packed.load(tmp_path / 'out', CONFIG), tree)
-  assert packed.describe(tmp_path / 'out')['lm_head'] == (4, 8)
-  cast = packed.load(tmp_path / 'out', CONFIG, frozen_dtype=jnp.bfloat16)
+  assert packed.describe(tmp_path / 'out')['lm_head'] == qtensor.Form(4, 8)
+  assert packed.describe(tmp_path / 'out')['layers/2/mlp/up_proj'] == qtensor.Form(4, 8, scale='float16')
+  cast = packed.load(
+    tmp_path / 'out', CONFIG, packed.scheme_of(packed.describe(tmp_path / 'out'), frozen_dtype=jnp.bfloat16)
+  )
   assert cast['norm']['scale'].dtype == cast['layers']['attention']['q_proj']['kernel'].dtype == jnp.bfloat16
   small_llama.same(cast['layers']['mlp'], tree['layers']['mlp'])
 
@@ -82,7 +85,7 @@ def test_real_weights_quantized_while_read(assets, tmp_path):
   packed.write(tmp_path / 'out', config, tree, provenance={'source': source.name}, tokenizer_from=source)
   small_llama.same(packed.load(tmp_path / 'out', config), tree)
   assert (tmp_path / 'out' / 'tokenizer.model').read_bytes() == (source / 'tokenizer.model').read_bytes()
-  assert set(packed.describe(tmp_path / 'out').values()) == {(3, 32)}
+  assert set(packed.describe(tmp_path / 'out').values()) == {qtensor.Form(3, 32)}
 
 
 def test_a_merged_model_is_the_adapted_one(tmp_path):
@@ -108,7 +111,8 @@ def test_the_formula_in_the_directory_is_all_one_needs(tmp_path, bits):
   packed.write(tmp_path / 'out', CONFIG, tree, provenance={})
   held = safetensors_numpy.load_file(tmp_path / 'out' / tensors.SINGLE)
   entry = json.loads((tmp_path / 'out' / packed.MANIFEST).read_text())['weights'][UP]
-  assert entry == {'bits': bits, 'group': 8, 'inputs': 24, 'outputs': 40}
+  form = {'levels': 'integer', 'scale': 'float32', 'offset': 'float32'}
+  assert entry == {'bits': bits, 'group': 8, 'inputs': 24, 'outputs': 40} | form
   dense = np.zeros((24, 40), np.float32)
   for i in range(24):
     code, low = np.zeros(40, np.int64), 0
@@ -125,9 +129,10 @@ def test_the_formula_in_the_directory_is_all_one_needs(tmp_path, bits):
 
 
 def test_the_manifest_says_what_is_quantized_and_where_it_comes_from(written):
-  assert packed.describe(written) == {f'layers/mlp/{name}_proj': (3, 8) for name in ('gate', 'up', 'down')}
+  names = [f'layers/{layer}/mlp/{name}_proj' for layer in range(3) for name in ('gate', 'up', 'down')]
+  assert packed.describe(written) == dict.fromkeys(names, qtensor.Form(3, 8))
   value = packed.manifest(written)
-  assert value['provenance'] == {'source': 'random'} and value['version'] == 1
+  assert value['provenance'] == {'source': 'random'} and value['version'] == 2
   assert len(value['weights']) == 3 * 3
 
 
@@ -149,16 +154,18 @@ def entry(**values):
 
 
 MANIFEST_FAULTS = [
-  (lambda value: value.update(version=2), 'qalora.json: version 2; this program reads version 1'),
+  (lambda value: value.update(version=1), 'qalora.json: version 1; this program reads version 2'),
   (lambda value: value.update(format='other'), "qalora.json: format is 'other'"),
   (lambda value: value.pop('weights'), 'qalora.json: has no "weights"'),
-  (entry(bits=5), f'{UP} has 5 bits'),
-  (entry(bits='3'), f'{UP} needs the whole numbers bits, group, inputs, outputs'),
+  (entry(bits=5), f'{UP} has bits 5; it is one of 8, 4, 3, 2'),
+  (entry(bits='3'), f'{UP} needs bits .int., group .int.'),
   (entry(group=7), f'{UP} has 24 inputs in groups of 7'),
   (entry(group=-1), f'{UP} has 24 inputs in groups of -1'),
   (entry(inputs=32), rf'{UP} is 32 x 40, not \(24, 40\)'),
-  (entry(bits=4), rf'layers differ in \(bits, group\): \(3, 8\) in .*layers.0.*, \(4, 8\) in {UP}'),
-  (lambda value: value['weights'].pop(UP), rf'\(3, 8\) in .*, dense in {UP}.*alike'),
+  (entry(levels='nf5'), f"{UP} has levels 'nf5'; it is one of integer, nf4, fp4"),
+  (entry(scale='bfloat16'), f"{UP} has scale 'bfloat16'; it is one of float32, float16, double"),
+  (entry(bits=4), f'{UP}.codes.1 is unexpected'),
+  (lambda value: value['weights'].pop(UP), f'{UP}.weight is missing'),
   (
     lambda value: value['weights'].update({'model.vision': value['weights'][UP]}),
     'names model.vision, which the model',
@@ -185,7 +192,7 @@ TENSOR_FAULTS = [
   (f'{UP}.codes.2', np.zeros((1, 40), np.uint32), f'{UP}.codes.2 is unexpected'),
   (f'{UP}.weight', np.zeros((40, 24), np.float32), f'{UP}.weight is unexpected'),
   (f'{UP}.scale', np.zeros((4, 40), np.float32), rf'{UP}.scale has shape \[4, 40\], not \[3, 40\]'),
-  (f'{UP}.offset', np.zeros((3, 40), jnp.bfloat16), f'{UP}.offset is stored as BF16, not as F32 or F16'),
+  (f'{UP}.offset', np.zeros((3, 40), jnp.bfloat16), f'{UP}.offset is stored as BF16, not as F32'),
   (f'{UP}.codes.0', np.zeros((2, 40), np.int32), f'{UP}.codes.0 is stored as I32, not as U32'),
   ('model.norm.weight', np.zeros(24, np.int32), 'model.norm.weight is stored as I32'),
 ]

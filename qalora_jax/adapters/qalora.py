@@ -48,7 +48,7 @@ class QALoRA(struct.PyTreeNode):
     """q with offset + s * A @ B (Xu et al., 2023, App. B, in weight units).
 
     For every x, x @ dense(merge(q)) == x @ dense(q) + s * pool(x) @ A @ B.  Codes and scales are the same arrays,
-    so the result is as small as q, but for the offsets that a q without any (symmetric, NF4) is given.  They are float32.
+    so the result is as small as q; only a q without offsets (symmetric, NF4) is given some.  They are float32.
     """
     update = jnp.matmul(self.a, self.b, precision=jax.lax.Precision.HIGHEST)
     return q.replace(offset=qtensor.offsets(q) + self.scaling(q.group) * update)

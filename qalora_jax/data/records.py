@@ -4,7 +4,9 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import re
 import string
+import urllib.parse
 import zlib
 
 # Stanford Alpaca, train.py (tatsu-lab/stanford_alpaca), word for word.
@@ -17,6 +19,14 @@ _ALPACA = (
   'Below is an instruction that describes a task. '
   'Write a response that appropriately completes the request.\n\n'
   '### Instruction:\n{instruction}\n\n### Response:'
+)
+_HUB = 'hf://'
+_HUB_FORM = 'hf://datasets/ORG/NAME[@REVISION]/PATH/IN/REPO'
+_HUB_FILE = re.compile(
+  r'hf://datasets/(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)'
+  # Only these names of branches may hold a slash; any other writes it as %2F.
+  r'(@(?P<revision>refs/convert/[\w.-]+|refs/pr/\d+|[^/@]+))?'
+  r'/(?P<file>[^/]+(/[^/]+)*)'
 )
 _KNOWN = 'a record holds prompt and completion, or text, or prompt (or question), choices and answer'
 
@@ -66,6 +76,9 @@ Document = Text | Pair | Question
 def read(source: Source) -> list[Document]:
   """The documents `[start:stop]` of a file (gzip if its name ends in .gz), in order; stop = 0: to the end.
 
+  A path `hf://datasets/ORG/NAME[@REVISION]/PATH/IN/REPO` is a file of a dataset on the Hugging Face hub, which is
+  downloaded on first use and kept in the hub's cache; REVISION is a branch, tag or commit (default: main).
+
   'alpaca': a JSON list of {instruction, input, output}; an absent input counts as empty.
   'jsonl': one JSON object a line: {prompt, completion}, {text}, or {prompt or question, choices, answer} with
   the answer as an index or a letter (A is the first choice).  Blank lines and further fields are passed over.
@@ -75,8 +88,9 @@ def read(source: Source) -> list[Document]:
   Template 'alpaca' writes a prompt as the instruction of the Stanford template; 'plain' takes it as it stands
   (format 'alpaca': instruction, newline, input).
 
-  Raises FileNotFoundError, or ValueError naming file, line (or record index) and field, for the first record
-  that does not fit, for broken gzip, UTF-8 or JSON, and if no document is left.
+  Raises FileNotFoundError for a path where no file is or that the hub does not give, and ValueError naming file,
+  line (or record index) and field for the first record that does not fit, for broken gzip, UTF-8 or JSON, for an
+  hf:// path of another form, and if no document is left.
   """
   readers = {'alpaca': _read_alpaca, 'jsonl': _read_jsonl, 'text': _read_text, 'pairs': _read_pairs}
   if source.format not in readers:
@@ -95,7 +109,7 @@ def read(source: Source) -> list[Document]:
 
 
 def _contents(path: str) -> str:
-  file = pathlib.Path(path)
+  file = _download(path) if path.startswith(_HUB) else pathlib.Path(path)
   if not path or not file.is_file():
     raise FileNotFoundError(f'{path!r} is not a file; a data set needs the path of one')
   data = file.read_bytes()
@@ -109,6 +123,25 @@ def _contents(path: str) -> str:
   except UnicodeDecodeError as error:
     line = data.count(b'\n', 0, error.start) + 1
     raise ValueError(f'{path}:{line}: invalid UTF-8 ({error.reason}); convert the file to UTF-8') from error
+
+
+def _download(path: str) -> pathlib.Path:
+  """Where the file of the hub that `path` names lies here; downloaded unless the hub's cache holds it."""
+  form = _HUB_FILE.fullmatch(path)
+  if form is None:
+    raise ValueError(f'{path!r} is no file of a dataset on the hub; the form is {_HUB_FORM}')
+  # The hub's client is slow to import and of no use to whoever works from files.
+  import huggingface_hub
+
+  revision = urllib.parse.unquote(form['revision'] or 'main')
+  try:
+    found = huggingface_hub.hf_hub_download(form['repo'], form['file'], repo_type='dataset', revision=revision)
+  except Exception as error:  # The client raises its own errors and those of two HTTP libraries.
+    raise FileNotFoundError(
+      f'the hub did not give {path} ({type(error).__name__}: {error}). Check the name and the network, log in if the '
+      'dataset is gated, or download the file elsewhere and name it by its own path'
+    ) from error
+  return pathlib.Path(found)
 
 
 def _read_alpaca(source: Source, contents: str) -> list[Document]:

@@ -12,6 +12,7 @@ from qalora_jax import report
 from qalora_jax.data import records
 from qalora_jax.evaluate import choices
 from qalora_jax.evaluate import perplexity
+from qalora_jax.models import linear
 
 SUMMARY = (
   'Scores a model: perplexity on config.evaluate.text, four-choice accuracy on config.evaluate.choices.\n'
@@ -67,9 +68,9 @@ def bits_per_weight(variables: dict) -> float:
   """Stored bits over weights of the blocks' matrices: codes, scales, offsets, dense matrices and adapters together."""
   bits = weights = 0
   for collection in variables.values():
-    for path, leaf in jax.tree_util.tree_leaves_with_path(collection.get('layers', {}), is_leaf=quant.is_quantized):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(collection, is_leaf=quant.is_matrix):
       names = [getattr(key, 'key', None) for key in path]
-      if 'kernel' in names or 'adapter' in names:
+      if linear.starts(names[:1]) and ('kernel' in names or 'adapter' in names):
         bits += 8 * quant.stored_bytes(leaf)
         weights += leaf.size if 'kernel' in names else 0
   return bits / weights

@@ -47,7 +47,9 @@ def export(loaded: build.Loaded, config, output: pathlib.Path, *, format: str, d
   frozen, params = loaded.variables['frozen'], loaded.variables['params']
   tree, provenance = frozen, dict(loaded.origin, merged=bool(params))
   if not frozen:
-    tree = params
+    tree = quant.settle(params)
+    if quant.matrices(tree) and (difference := merge.moved(loaded.model, params, tree)):
+      raise ValueError(f'not written: the codes move the logits by {difference:.2e}; please report this.')
   elif params:
     tree = merge.merge(frozen, params)
     _refuse_lossy(frozen, tree, format)

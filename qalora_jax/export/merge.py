@@ -66,6 +66,17 @@ def check(model: llama.Llama, frozen: dict, params: dict, merged: dict, *, seed:
     return Check(*(float(x) for x in compare(frozen, params, merged)))
 
 
+def moved(model: llama.Llama, params: dict, settled: dict, *, seed: int = 0) -> float:
+  """How far QAT's logits on random tokens [4, 16] are from those of its weights as codes (`quant.settle`).
+
+  It is 0: training computes with these very codes.
+  """
+  tokens = jax.random.randint(jax.random.key(seed), (4, 16), 0, model.config.vocab_size)
+  logits = jax.jit(model.apply)
+  distance = jnp.abs(logits({'params': params}, tokens) - logits({'frozen': settled}, tokens))
+  return float(jnp.where(jnp.isfinite(distance), distance, jnp.inf).max())
+
+
 def merge(frozen: dict, params: dict) -> dict:
   """`adapters.merge`, compiled."""
   return jax.jit(adapters.merge)(frozen, params)

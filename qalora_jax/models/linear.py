@@ -4,12 +4,15 @@ A model's weights live in two linen collections: 'params' trains, 'frozen' does 
 where; afterwards nothing but the variables themselves is asked:
 
     params/.../kernel            a dense matrix that trains
+    params/.../kernel            a Latent: a dense matrix that trains and is used rounded (QAT)
     frozen/.../kernel            an array or a QTensor
     params/.../adapter           a LoRA or QALoRA beside it, or absent
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 import dataclasses
+import functools
 import re
 
 from flax import linen as nn
@@ -18,38 +21,78 @@ import jax.numpy as jnp
 
 from qalora_jax import adapters
 from qalora_jax.kernels import qmatmul
-from qalora_jax.quant import affine
+from qalora_jax.quant import method
 
 # Words for `targets`; anything else is a regular expression searched in the weight's name.
 TARGETS = {
-  'all': r'layers/.*_proj$',
-  'attention': r'layers/attention/.*_proj$',
-  'mlp': r'layers/mlp/.*_proj$',
+  'all': r'^layers/.*_proj$',
+  'attention': r'^layers/.*/attention/.*_proj$',
+  'mlp': r'^layers/.*/mlp/.*_proj$',
 }
+STACK = 'layers'
 
 
 def selects(targets: str, name: str) -> bool:
-  """Whether `targets` (a word of TARGETS or a regular expression) names the weight, e.g. layers/mlp/down_proj."""
-  return re.search(TARGETS.get(targets, targets), name) is not None
+  """Whether `targets` (a word of TARGETS or a regular expression) names the weight, e.g. layers/0/mlp/down_proj."""
+  return _compiled(TARGETS.get(targets, targets)).search(name) is not None
+
+
+# A model of 80 layers has more weights than the cache of `re` has places.
+_compiled = functools.lru_cache(maxsize=None)(re.compile)
+
+
+def stacks(starts: Iterable[int]) -> list[str]:
+  """The names of stacks of layers that begin at `starts`: `layers` alone, or `layers_0`, `layers_3`, ..."""
+  starts = list(starts)
+  return [STACK] if len(starts) == 1 else [f'{STACK}_{start}' for start in starts]
+
+
+def starts(names: Iterable[str]) -> list[int]:
+  """The first layer of every stack among the names in a tree, in order; the inverse of `stacks`."""
+  found = [re.fullmatch(rf'{STACK}(?:_(\d+))?', name) for name in names]
+  return sorted(int(match[1] or 0) for match in found if match)
+
+
+def weight_name(path: str) -> str:
+  """The name of a weight of a stack's first layer: layers_3/mlp/down_proj -> layers/3/mlp/down_proj.
+
+  Outside the stacks a path is the name.
+  """
+  stack, slash, rest = path.partition('/')
+  return f'{STACK}/{starts([stack])[0]}/{rest}' if slash and starts([stack]) else path
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
   """What stands in a model's weights at birth: trained or frozen, dense or quantized, with which adapter.
 
-  `quantizers`: (pattern, quantizer) in order, the first whose pattern selects the weight's name counts; none: dense.
+  `quantizers`: (pattern, quantizer) in order, the first whose pattern selects the weight's name counts; none, or a
+  quantizer of None: dense.  A quantizer is called as quantizer(w, name).  Where weights train, only `method.QAT` acts.
   `frozen_dtype`: of the frozen weights that stay dense.
   """
 
   trains: bool = False
-  quantizers: tuple[tuple[str, affine.Affine], ...] = ()
+  quantizers: tuple[tuple[str, Callable | None], ...] = ()
   adapter: adapters.Adapter | None = None
   adapted: str = 'all'
   frozen_dtype: jnp.dtype = jnp.float32
 
-  def quantizer(self, name: str) -> affine.Affine | None:
+  def quantizer(self, name: str) -> Callable | None:
     """The quantizer of the weight called `name`, or None for a dense one."""
-    return next((q for targets, q in self.quantizers if selects(targets, name)), None)
+    found = next((q for targets, q in self.quantizers if selects(targets, name)), None)
+    return None if self.trains and not isinstance(found, method.QAT) else found
+
+  def adapts(self, name: str) -> bool:
+    """Whether the weight called `name` has an adapter."""
+    return self.adapter is not None and selects(self.adapted, name)
+
+  def starts(self, layers: int, matrices: Iterable[str]) -> list[int]:
+    """The first layer of every stack: neighbours whose `matrices` (mlp/down_proj, ...) are all alike share one."""
+    kinds = [
+      [(self.quantizer(name), self.adapts(name)) for name in (f'{STACK}/{layer}/{matrix}' for matrix in matrices)]
+      for layer in range(layers)
+    ]
+    return [layer for layer in range(layers) if layer == 0 or kinds[layer] != kinds[layer - 1]]
 
 
 def weight(module: nn.Module, scheme: Scheme, name: str, init: Callable) -> jax.Array:
@@ -85,17 +128,17 @@ class Linear(nn.Module):
     rng = self.make_rng('dropout') if self.has_rng('dropout') else None
     return adapter.apply(x, kernel, rng)
 
-  def _path(self) -> str:
-    return '/'.join(self.path)
+  def _name(self) -> str:
+    return weight_name('/'.join(self.path))
 
   def _kernel_init(self, inputs: int) -> Callable:
     shape = (inputs, self.features)
-    quantizer = None if self.scheme.trains else self.scheme.quantizer(self._path())
+    quantizer = self.scheme.quantizer(self._name())
     if quantizer is None:
       return dense_init(self.scheme, nn.initializers.normal(0.02), shape, self.axes)
 
     def init(key):
-      blank = lambda key: quantizer(nn.initializers.normal(0.02)(key, shape), name=self._path())
+      blank = lambda key: quantizer(nn.initializers.normal(0.02)(key, shape), name=self._name())
       return nn.with_logical_partitioning(blank, self.axes)(key)
 
     return init
@@ -103,6 +146,6 @@ class Linear(nn.Module):
   def _adapter(self, kernel):
     if self.has_variable('params', 'adapter'):
       return self.get_variable('params', 'adapter')
-    if self.is_initializing() and self.scheme.adapter and selects(self.scheme.adapted, self._path()):
+    if self.is_initializing() and self.scheme.adapts(self._name()):
       return self.param('adapter', lambda key: self.scheme.adapter.init(key, kernel, self.axes))
     return None

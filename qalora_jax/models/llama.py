@@ -18,6 +18,15 @@ REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
 }
 
+# The matrices of a block in the order in which data flows: those of one line have the same input.
+SEQUENCE = (
+  ('attention/q_proj', 'attention/k_proj', 'attention/v_proj'),
+  ('attention/o_proj',),
+  ('mlp/gate_proj', 'mlp/up_proj'),
+  ('mlp/down_proj',),
+)
+MATRICES = tuple(matrix for alike in SEQUENCE for matrix in alike)
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -169,16 +178,14 @@ class Llama(nn.Module):
     B, T = tokens_BT.shape
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    mask_B1TT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool))[None, None], (B, 1, T, T))
-    if segments_BT is not None:
-      mask_B1TT &= (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
-
+    mask_B1TT = causal_mask(B, T, segments_BT)
     init = linear.dense_init(
       self.scheme, nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), ('vocab', 'embed')
     )
     embedding_VD = linear.weight(self, self.scheme, 'embedding', init)
     x_BTD = embedding_VD[tokens_BT].astype(c.dtype)
-    x_BTD, _ = self._layers()(x_BTD, positions_BT, mask_B1TT)
+    for stack in self._stacks():
+      x_BTD, _ = stack(x_BTD, positions_BT, mask_B1TT)
     x_BTD = RMSNorm(c.rms_norm_eps, self.scheme, name='norm')(x_BTD)
     if c.tie_word_embeddings:
       logits = jnp.dot(x_BTD, embedding_VD.T.astype(c.dtype), preferred_element_type=jnp.float32)
@@ -186,17 +193,33 @@ class Llama(nn.Module):
       logits = linear.Linear(c.vocab_size, ('embed', 'vocab'), self.scheme, name='lm_head')(x_BTD)
     return logits.astype(jnp.float32)
 
-  def _layers(self):
-    block = Block
-    if self.config.remat != 'none':
+  def _stacks(self) -> list[nn.Module]:
+    """The layers, as one scanned module for every run of neighbours that are alike."""
+    c, block = self.config, Block
+    if c.remat != 'none':
       # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot, and the guard costs time.
-      block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.config.remat])
-    stack = nn.scan(
-      block,
-      length=self.config.num_hidden_layers,
-      variable_axes={'params': 0, 'frozen': 0},
-      split_rngs={'params': True, 'dropout': True},
-      in_axes=nn.broadcast,
-      metadata_params={nn.PARTITION_NAME: 'layers'},
-    )
-    return stack(self.config, self.scheme, name='layers')
+      block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
+    if self.is_initializing():
+      starts = self.scheme.starts(c.num_hidden_layers, MATRICES)
+    else:
+      starts = linear.starts({name for collection in self.variables.values() for name in collection})
+    made = []
+    for name, start, stop in zip(linear.stacks(starts), starts, [*starts[1:], c.num_hidden_layers], strict=True):
+      scanned = nn.scan(
+        block,
+        length=stop - start,
+        variable_axes={'params': 0, 'frozen': 0},
+        split_rngs={'params': True, 'dropout': True},
+        in_axes=nn.broadcast,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+      )
+      made.append(scanned(c, self.scheme, name=name))
+    return made
+
+
+def causal_mask(rows: int, length: int, segments_BT=None) -> jax.Array:
+  """[B, 1, T, T], true where a token sees another: one before it or itself, of its own segment."""
+  mask_B1TT = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool))[None, None], (rows, 1, length, length))
+  if segments_BT is None:
+    return mask_B1TT
+  return mask_B1TT & (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]

@@ -2,12 +2,24 @@
 
 import jax
 
+from qalora_jax.quant import latent
 from qalora_jax.quant import qtensor
 
 
 def is_quantized(node) -> bool:
   """Whether a node of a tree is a quantized matrix."""
   return isinstance(node, qtensor.QTensor)
+
+
+def is_matrix(node) -> bool:
+  """Whether a node of a tree is a matrix in a container of its own: quantized, or trained to be."""
+  return isinstance(node, qtensor.QTensor | latent.Latent)
+
+
+def settle(tree):
+  """The tree with every matrix that trained to be rounded (QAT) in the codes that it was used in."""
+  is_latent = lambda node: isinstance(node, latent.Latent)
+  return jax.tree.map(lambda node: node.quantize() if is_latent(node) else node, tree, is_leaf=is_latent)
 
 
 def matrices(tree) -> list[qtensor.QTensor]:

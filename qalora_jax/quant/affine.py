@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qalora_jax.quant import qtensor
 from qalora_jax.quant import quantizer
@@ -11,7 +12,7 @@ from qalora_jax.quant import quantizer
 ZEROS = ('real', 'integer')
 CLIPS = ('none', 'percentile', 'mse')
 # The search of GPTQ's released code: the range shrunk by 0, 1, ... 79 %.
-_SHRINKS = 80
+_KEPT = np.array([1 - percent / 100 for percent in range(80)], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Affine(quantizer.Quantizer):
         raise ValueError(f'{key} = {getattr(self, key)!r}; it is one of {words}.')
     if not 50 < self.percentile <= 100:
       raise ValueError(f'percentile = {self.percentile}; it is above 50 and at most 100.')
+    if not self.norm > 0:
+      raise ValueError(f'norm = {self.norm}; it is above 0.')
 
   @property
   def _half(self) -> int:
@@ -62,17 +65,17 @@ class Affine(quantizer.Quantizer):
       return self._between(low, high)
 
     def attempt(index, best):
-      keep = 1.0 - index / 100.0
+      keep = jnp.asarray(_KEPT)[index]
       # Towards 0 where 0 has to stay a level, towards the middle elsewhere.
       middle = jnp.zeros_like(low) if self.symmetric or self.zero == 'integer' else (low + high) / 2
-      scale, offset = self._between(middle + keep * (low - middle), middle + keep * (high - middle))
+      scale, offset = self._between(*(keep * end + (1 - keep) * middle for end in (low, high)))
       spread = lambda part: None if part is None else part[..., None, :]
       dense = self.decode(self.encode(grouped, spread(scale), spread(offset)), spread(scale), spread(offset))
       error = jnp.sum(jnp.abs(dense - grouped) ** self.norm, axis=-2)
       better = error < best[0]
       return jax.tree.map(lambda new, old: jnp.where(better, new, old), (error, scale, offset), best)
 
-    return jax.lax.fori_loop(0, _SHRINKS, attempt, (jnp.full_like(low, jnp.inf), *self._between(low, high)))[1:]
+    return jax.lax.fori_loop(0, len(_KEPT), attempt, (jnp.full_like(low, jnp.inf), *self._between(low, high)))[1:]
 
   def encode(self, w, scale, offset) -> jax.Array:
     scale = scale.astype(jnp.float32)
@@ -92,24 +95,26 @@ class Affine(quantizer.Quantizer):
       low, high = jnp.quantile(grouped, jnp.array([tail, 1.0 - tail]), axis=-2)
     else:
       low, high = grouped.min(-2), grouped.max(-2)
-    if self.zero == 'integer' and not self.symmetric:
+    if self.zero == 'integer':
       low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+      # As GPTQ, so that a zero-point can be told from the offset.
+      empty = low == high
+      low, high = jnp.where(empty, -1.0, low), jnp.where(empty, 1.0, high)
     return low, high
 
   def _between(self, low, high) -> tuple[jax.Array, jax.Array | None]:
     """Scale and offset of ranges from `low` to `high`."""
-    dtype = jnp.dtype(self.scale_dtype)
     if self.symmetric:
       largest = jnp.where(high > -low, high, low)
       scale = jnp.abs(largest) / (self._half - 0.5) if self.zero == 'integer' else largest / -self._half
-      return scale.astype(dtype), None
+      return quantizer.stored_scale(scale, self.scale_dtype), None
     # What the codes are fitted to is what is stored.
-    scale = ((high - low) / (2 * self._half - 1)).astype(dtype)
+    scale = quantizer.stored_scale((high - low) / (2 * self._half - 1), self.scale_dtype)
     wide = scale.astype(jnp.float32)
     if self.zero == 'real':
-      return scale, (low + self._half * wide).astype(dtype)
-    steps = jnp.round(-low / jnp.where(wide == 0, 1.0, wide))
-    return scale, (wide * (self._half - steps)).astype(dtype)
+      return scale, quantizer.stored_offset(low + self._half * wide, self.scale_dtype)
+    steps = jnp.round(-low / wide)
+    return scale, quantizer.stored_offset(wide * (self._half - steps), self.scale_dtype)
 
 
 def quantize(w, *, bits: int, group: int, symmetric: bool = False, name: str = 'a weight') -> qtensor.QTensor:

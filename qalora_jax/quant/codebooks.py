@@ -1,5 +1,7 @@
 """The constants of 4-bit and 8-bit codes that stand for real levels, as bitsandbytes holds them, to the last bit."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 # NormalFloat4 (Dettmers et al., 2023, App. E): quantiles of a standard normal, one level exactly 0, scaled to [-1, 1].
@@ -32,15 +34,27 @@ CODEBOOKS = {'nf4': NF4, 'fp4': FP4}
 
 
 def _dynamic() -> np.ndarray:
-  """The signed 8-bit dynamic map (Dettmers, 2015): decades 10^-6 .. 10^0, each with twice the fractions of the last."""
+  """The signed 8-bit dynamic map (Dettmers, 2015): decades 10^-6 .. 10^0, each with twice the fractions of the last.
+
+  In the arithmetic of torch.linspace in float32: edges are counted from the nearer end, and rounded once.
+  """
+  first, last = np.float32(0.1), np.float32(1)
   levels = [0.0, 1.0]
   for decade in range(7):
-    edges = np.linspace(0.1, 1, 2**decade + 1, dtype=np.float32)
-    means = (edges[:-1] + edges[1:]) / np.float32(2)
-    values = (np.float64(10.0 ** (decade - 6)) * means.astype(np.float32)).astype(np.float32)
+    count = 2**decade
+    step = (last - first) / np.float32(count)
+    index = np.arange(count + 1, dtype=np.float64)
+    edges = np.where(index < (count + 1) // 2, first + step * index, last - step * (count - index)).astype(np.float32)
+    values = np.float32(10.0 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
     levels += [*values, *-values]
   return np.sort(np.array(levels, np.float32))
 
 
 # 256 levels in increasing order; double quantization's map of block constants.
 DYNAMIC = _dynamic()
+
+
+def nearest(levels: np.ndarray, values) -> jax.Array:
+  """The int32 index of the nearest of increasing levels; halfway between two (in float32), the lower."""
+  midpoints = (levels[1:] + levels[:-1]) / 2
+  return jnp.searchsorted(jnp.asarray(midpoints), values, side='left', method='compare_all').astype(jnp.int32)

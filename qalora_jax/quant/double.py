@@ -10,12 +10,10 @@ import jax.numpy as jnp
 from qalora_jax.quant import codebooks
 
 BLOCK = 256
-# Between neighbours of the map: the nearest level of x is the number of these below it.
-_MIDPOINTS = (codebooks.DYNAMIC[1:] + codebooks.DYNAMIC[:-1]) / 2
 
 
 class Doubled(struct.PyTreeNode):
-  """Scales [..., L, O] as `map[codes] * absmax[block] + mean`.
+  """Scales [..., L, O] as `map[codes] * absmax[block] + mean`, the map being `codebooks.DYNAMIC`.
 
   codes [..., L, O] uint8; absmax [..., ceil(L * O / 256)] float32, one for 256 scales counted along the groups of
   output 0, then of output 1, ... (bitsandbytes' order); mean [...] float32.  8 + 32 / 256 bits a scale.
@@ -37,14 +35,18 @@ class Doubled(struct.PyTreeNode):
 
 
 def compress(scale) -> Doubled:
-  """Scales [..., L, O] in 8 bits: their mean removed, then the nearest of 256 dynamic levels in blocks of 256."""
+  """Scales [..., L, O] in 8 bits: their mean removed, then the nearest of 256 dynamic levels in blocks of 256.
+
+  The levels are those that bitsandbytes' CUDA kernels take; its CPU kernel rounds to 2^-15 of absmax first and so takes
+  a neighbour now and then.  The mean may differ from its in the last bits, which there depend on the processor.
+  """
   *leading, L, O = scale.shape
   flat = scale.astype(jnp.float32).swapaxes(-1, -2).reshape(*leading, L * O)
-  mean = flat.mean(-1)
+  mean = _mean(flat)
   blocks = _blocks(flat - mean[..., None])
   absmax = jnp.abs(blocks).max(-1)
-  normal = blocks / jnp.where(absmax == 0, 1.0, absmax)[..., None]
-  codes = jnp.searchsorted(jnp.asarray(_MIDPOINTS), normal, side='left').astype(jnp.uint8)
+  normal = blocks * (1.0 / jnp.where(absmax == 0, 1.0, absmax))[..., None]
+  codes = codebooks.nearest(codebooks.DYNAMIC, normal).astype(jnp.uint8)
   codes = codes.reshape(*leading, -1)[..., : L * O].reshape(*leading, O, L).swapaxes(-1, -2)
   return Doubled(codes, absmax, mean)
 
@@ -53,9 +55,22 @@ def expand(doubled: Doubled) -> jax.Array:
   """The float32 scales [..., L, O]."""
   *leading, L, O = doubled.codes.shape
   flat = doubled.codes.swapaxes(-1, -2).reshape(*leading, L * O)
-  blocks = jnp.asarray(codebooks.DYNAMIC)[_blocks(flat).astype(jnp.int32)] * doubled.absmax[..., None]
+  absmax = doubled.absmax[..., None]
+  # Levels lie within [-1, 1], so the clip changes nothing; but it keeps a compiler from joining product and sum in one
+  # multiply-add, whose result has other last bits than bitsandbytes' and than the same expression not compiled.
+  blocks = jnp.clip(jnp.asarray(codebooks.DYNAMIC)[_blocks(flat).astype(jnp.int32)] * absmax, -absmax, absmax)
   values = blocks.reshape(*leading, -1)[..., : L * O] + doubled.mean[..., None]
   return values.reshape(*leading, O, L).swapaxes(-1, -2)
+
+
+def _mean(flat) -> jax.Array:
+  """[..., N] -> [...], added in halves: the same bits whether compiled or not, stacked or not."""
+  count = flat.shape[-1]
+  total = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, 2 ** (count - 1).bit_length() - count)])
+  while (half := total.shape[-1] // 2) > 0:
+    total = total[..., :half] + total[..., half:]
+  # Counted at run time: a division by a constant is compiled to a product with its rounded reciprocal.
+  return total[..., 0] / jnp.sum(flat == flat, axis=-1)
 
 
 def _blocks(flat) -> jax.Array:

@@ -19,9 +19,14 @@ class Float4(quantizer.Quantizer):
       scale = max|w| of the block     codes = nearest(w / scale)     dense = table[codes] * scale
 
   kind: 'nf4' or 'fp4' (E2M1).  `double`: the scales in 8 bits (`double.compress`): at blocks of 64 on large matrices
-  4.127 bits per weight instead of 4.5.  Tables, ties and blocks are those of bitsandbytes, which cuts blocks from the
-  flattened [outputs, inputs] matrix: equal to it where the block divides the inputs, as is required here.
-  There is no offset, until QA-LoRA or a refinement adds one.  Raises ValueError for another kind.
+  4.127 bits per weight instead of 4.5.  There is no offset, until QA-LoRA or a refinement adds one.
+
+  Codes, scales and dense values are those of bitsandbytes on a CPU, to the last bit: it cuts blocks from the flattened
+  [outputs, inputs] matrix, which are the same where the block divides the inputs, as is required here.  Between two
+  levels the lower is taken, and of FP4's two zeros the second (code 8) just above 0.  Its CUDA kernels take the smaller
+  magnitude for FP4 and code 8 just below 0; they have a fast reciprocal and fill a block of zeros with NF4's code 0.
+
+  Raises ValueError for another kind, and for `double` with a scale_dtype that it would not keep.
   """
 
   bits: int = dataclasses.field(default=4, init=False)
@@ -35,29 +40,25 @@ class Float4(quantizer.Quantizer):
       raise ValueError(f'kind = {self.kind!r}; it is one of {tuple(codebooks.CODEBOOKS)}.')
     if self.scale_dtype not in quantizer.SCALE_DTYPES:
       raise ValueError(f'scale_dtype = {self.scale_dtype!r}; it is one of {quantizer.SCALE_DTYPES}.')
+    if self.double and self.scale_dtype != 'float32':
+      raise ValueError(f'scale_dtype = {self.scale_dtype!r} with double = True, which keeps scales in 8 bits; leave it.')
 
   @property
   def levels(self) -> str:
     return self.kind
 
   def fit(self, grouped) -> tuple[jax.Array, None]:
-    return jnp.abs(grouped).max(-2).astype(self.scale_dtype), None
+    return quantizer.stored_scale(jnp.abs(grouped).max(-2), self.scale_dtype), None
 
   def encode(self, w, scale, offset) -> jax.Array:
     shifted = w if offset is None else w - offset.astype(jnp.float32)
-    normal = shifted / jnp.where(scale == 0, 1.0, scale).astype(jnp.float32)
-    if self.kind == 'nf4':
-      return _nearest(codebooks.NF4, normal)
-    # The sign is a bit of its own, so that there are two zeros.
-    magnitudes = codebooks.FP4[:8]
-    order = np.argsort(magnitudes)
-    return jnp.asarray(order, jnp.int32)[_nearest(magnitudes[order], jnp.abs(normal))] + 8 * (normal < 0)
+    scale = scale.astype(jnp.float32)
+    # Its reciprocal would be infinite; such a block is 0 to within the smallest float.
+    vanishes = jnp.abs(scale) < jnp.finfo(jnp.float32).tiny
+    normal = shifted * (1.0 / jnp.where(vanishes, 1.0, scale))
+    table = codebooks.CODEBOOKS[self.kind]
+    order = np.argsort(table, kind='stable')
+    return jnp.asarray(order, jnp.int32)[codebooks.nearest(table[order], normal)]
 
   def store(self, codes, scale, offset) -> qtensor.QTensor:
     return super().store(codes, double.compress(scale) if self.double else scale, offset)
-
-
-def _nearest(levels: np.ndarray, values) -> jax.Array:
-  """The int32 index of the nearest of increasing levels; halfway between two, the lower."""
-  midpoints = jnp.asarray((levels[1:] + levels[:-1]) / 2)
-  return jnp.searchsorted(midpoints, values, side='left', method='compare_all').astype(jnp.int32)

@@ -3,6 +3,7 @@
 I inputs, O outputs, G group size, L groups (I // G).  Any axes may stand before them (scanned layers).
 """
 
+import dataclasses
 import math
 
 from flax import struct
@@ -62,6 +63,38 @@ class QTensor(struct.PyTreeNode):
   def size(self) -> int:
     """The number of weights."""
     return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """All that is static about a QTensor: two matrices of one shape and one form can be stacked.
+
+  scale: 'float32', 'float16' or 'double'; offset: 'float32', 'float16' or 'none'.
+  """
+
+  bits: int
+  group: int
+  levels: str = 'integer'
+  scale: str = 'float32'
+  offset: str = 'float32'
+
+  def __call__(self, w, name: str = 'a weight') -> QTensor:
+    """The zero matrix of this form in the shape of w [..., I, O]; ValueError where the group does not divide."""
+    *leading, inputs, outputs = w.shape
+    by_group = (*leading, inputs // check_group(inputs, self.group, name), outputs)
+    planes = pack(jnp.zeros(w.shape, jnp.int32), self.bits)
+    scale = jnp.zeros(by_group, jnp.float32 if self.scale == 'double' else self.scale)
+    offset = None if self.offset == 'none' else jnp.zeros(by_group, self.offset)
+    group = inputs // by_group[-2]
+    scale = double.compress(scale) if self.scale == 'double' else scale
+    return QTensor(planes, scale, offset, bits=self.bits, group=group, levels=self.levels)
+
+
+def form(q: QTensor) -> Form:
+  """The form of `q`, which may be abstract."""
+  scale = 'double' if isinstance(q.scale, double.Doubled) else str(q.scale.dtype)
+  offset = 'none' if q.offset is None else str(q.offset.dtype)
+  return Form(q.bits, q.group, q.levels, scale, offset)
 
 
 def pack(codes, bits: int) -> tuple[jax.Array, ...]:

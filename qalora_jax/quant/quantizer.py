@@ -14,6 +14,19 @@ from qalora_jax.quant import qtensor
 SCALE_DTYPES = ('float32', 'float16')
 
 
+def stored_scale(scale, dtype: str) -> jax.Array:
+  """Scales as they are kept: in float16 at least 6e-8 (but 0 stays 0) and at most 65504 in magnitude, never infinite."""
+  limits = jnp.finfo(dtype)
+  magnitude = jnp.clip(jnp.abs(scale), limits.smallest_subnormal, limits.max)
+  return jnp.where(scale == 0, 0.0, jnp.copysign(magnitude, scale)).astype(dtype)
+
+
+def stored_offset(offset, dtype: str) -> jax.Array:
+  """Offsets as they are kept: in float16 at most 65504 in magnitude, never infinite."""
+  limits = jnp.finfo(dtype)
+  return jnp.clip(offset, limits.min, limits.max).astype(dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantizer(abc.ABC):
   """A family of codes with its choices; hashable, so that weights of one quantizer share one compiled program.
