@@ -34,7 +34,7 @@ CONFIG = '--config=configs/babyllama.py'
 RUNS = pathlib.Path('runs/quantizers')
 RESULTS = pathlib.Path('experiments/results/quantizers')
 BITS, PLAIN = (8, 4, 3, 2), 32
-WINDOWS = 48
+WINDOWS = 32
 # Groups of whole matrices; 352 inputs of babyllama's down_proj and 172 of stories260K's have divisors of their own.
 MODELS = {
   'babyllama': dict(directory='babyllama_tok105', window=256, groups=(16, 32, 64, 128), rules={64: 32, 128: 32}),

@@ -32,7 +32,7 @@ RESULTS = pathlib.Path('experiments/results/recovery')
 SEEDS, BITS = (0, 1, 2), (4, 3, 2)
 # The best rates of experiments/results/babyllama.md, chosen there at seed 0 on the validation part.
 RATES = {'e2e': {'lora': 1e-3, 'qalora': 3e-4}, 'stories': {'lora': 1e-4, 'qalora': 3e-5}}
-WINDOWS = 48
+WINDOWS = 32
 GPTQ, RTN = dict(base__method='gptq'), dict(base__method='affine')
 # {row: what it adds to a GPTQ base}.
 BEGINNINGS = {

@@ -33,9 +33,13 @@ from qalora_jax.quant import method as method_lib
 from qalora_jax.quant import qtensor
 
 _EXACT = jax.lax.Precision.HIGHEST
+_WHOLE = '__call__'
 _SETTINGS, _CHOSEN = 'settings.json', 'chosen.json'
 # The name under which a weight's rule is looked for: the whole name and nothing else.
 _EXACTLY = '^{}$'
+
+
+_STEPS = tuple(alike for steps in llama.SEQUENCE.values() for alike in steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +80,21 @@ class Activations:
       self._x.append(embed(embedding, jax.device_put(filled, rows)))
     self._tokens = samples_NT.size
 
-  def hessians(self, block: dict, matrices: Iterable[str]) -> dict[str, jax.Array]:
-    """{matrix: mean of x x^T [I, I]} over the tokens of all samples, x the inputs of the block's `matrices`."""
+  def hessians(self, block: dict, matrices: Iterable[str], part: str = _WHOLE) -> dict[str, jax.Array]:
+    """{matrix: mean of x x^T [I, I]} over the tokens of all samples, x the inputs of the block's `matrices`.
+
+    `part`: the method of Block that is at hand, 'attend' or 'feed', when the block is gone through in parts.
+    """
     matrices = tuple(matrices)
     sums = None
     for x, real in zip(self._x, self._real, strict=True):
-      found = _moments(self._config, matrices, block, x, real)
+      found = _moments(self._config, part, matrices, block, x, real)
       sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
     return jax.tree.map(lambda total: total / self._tokens, sums)
 
-  def advance(self, block: dict) -> None:
-    """The inputs of the next block, or of the last norm."""
-    self._x = [_forward(self._config, block, x) for x in self._x]
+  def advance(self, block: dict, part: str = _WHOLE) -> None:
+    """On to the inputs of the next block or part, or of the last norm."""
+    self._x = [_forward(self._config, part, block, x) for x in self._x]
 
   def head_hessian(self, norm_scale) -> jax.Array:
     """Mean of x x^T [D, D] over the inputs of the head, after the last block."""
@@ -141,14 +148,13 @@ def quantize(
   layers, rows = [], []
   for layer in range(config.num_hidden_layers):
     file = partial / f'layer-{layer:05d}.safetensors'
-    one = functools.partial(_layer, source, scheme, layer, running, mesh, true_sequential, beginning)
     if file.is_file():
-      made, found = _restore(file, scheme, config, source.shapes, layer, beginning)
+      made, found = _restore(file, scheme, source.shapes, layer, beginning)
+      if running is not None:
+        running.advance(_dense(made))
     else:
-      made, found = one()
+      made, found = _layer(source, scheme, layer, running, mesh, true_sequential, beginning)
       _keep(file, made, found)
-    if running is not None:
-      running.advance(_dense(made))
     layers.append(made)
     rows += found
     if progress is not None:
@@ -184,8 +190,8 @@ def choose_bits(
     candidates = []
     for layer in range(config.num_hidden_layers):
       dense = _read_layer(source, layer)
-      hessians = inputs.hessians(_block(dense), [alike[0] for alike in llama.SEQUENCE])
-      for alike in llama.SEQUENCE:
+      hessians = inputs.hessians(_block(dense), [alike[0] for alike in _STEPS])
+      for alike in _STEPS:
         for matrix in alike:
           name = f'{linear.STACK}/{layer}/{matrix}'
           if name not in widths:
@@ -258,43 +264,49 @@ def _block(flat: dict) -> dict:
 
 
 def _layer(source, scheme, layer, running, mesh, true_sequential, beginning) -> tuple[dict, list[dict]]:
-  """({'frozen': ..., 'params': ...} of one layer, flat and on the host, and its report rows)."""
+  """({'frozen': ..., 'params': ...} of one layer, flat and on the host, and its report rows).
+
+  Leaves `running` at the inputs of the next layer.
+  """
   dense = _read_layer(source, layer)
   # What later matrices and blocks see of each weight: what the model will compute with when training begins.
   seen, frozen, params, rows = dict(dense), {}, {}, []
   hessians = {}
   if running is not None and not true_sequential:
-    hessians = running.hessians(_block(seen), [alike[0] for alike in llama.SEQUENCE])
-  for alike in llama.SEQUENCE:
+    hessians = running.hessians(_block(seen), [alike[0] for alike in _STEPS])
+  for part, steps in llama.SEQUENCE.items():
+    for alike in steps:
+      if running is not None and true_sequential:
+        hessians = running.hessians(_block(seen), alike[:1], part)
+      for matrix in alike:
+        name, path = f'{linear.STACK}/{layer}/{matrix}', f'{matrix}/kernel'
+        method, hessian = scheme.quantizer(name), hessians.get(alike[0])
+        begins = beginning if scheme.adapts(name) else None
+        if method is None and begins is None:
+          continue
+        begun = time.monotonic()
+        w = jax.device_put(dense[path], _columns(dense[path].shape, mesh))
+        q, node = _one(method, name, w, hessian, scheme.adapter, begins, layer * len(llama.MATRICES) + len(rows))
+        frozen[path] = q if isinstance(q, qtensor.QTensor) else q.astype(scheme.frozen_dtype)
+        if node is not None:
+          params[f'{matrix}/adapter'] = node
+        seen[path] = _as_dense(q if node is None else node.merge(q))
+        rows.append(_row(name, q, seen[path], w, hessian) | {'seconds': round(time.monotonic() - begun, 3)})
     if running is not None and true_sequential:
-      hessians = running.hessians(_block(seen), alike[:1])
-    for matrix in alike:
-      name, path = f'{linear.STACK}/{layer}/{matrix}', f'{matrix}/kernel'
-      method, hessian = scheme.quantizer(name), hessians.get(alike[0])
-      if method is None and (beginning is None or not scheme.adapts(name)):
-        frozen[path] = dense[path].astype(scheme.frozen_dtype)
-        continue
-      begun = time.monotonic()
-      w = jax.device_put(dense[path], _columns(dense[path].shape, mesh))
-      node = None
-      if beginning is not None and scheme.adapts(name):
-        round_ = None if method is None else functools.partial(_rounded, method, name, hessian)
-        key = jax.random.fold_in(jax.random.key(beginning.seed), layer * len(llama.MATRICES) + len(rows))
-        q, node = residual.initialize(
-          beginning.kind, scheme.adapter, w, round_, hessian, iterations=beginning.iterations, key=key
-        )
-        params[f'{matrix}/adapter'] = node
-      else:
-        q = method(w, name, hessian)
-      frozen[path] = q if isinstance(q, qtensor.QTensor) else q.astype(scheme.frozen_dtype)
-      seen[path] = _as_dense(q if node is None else node.merge(q))
-      rows.append(_row(name, q, seen[path], w, hessian) | {'seconds': round(time.monotonic() - begun, 3)})
+      running.advance(_block(seen), part)
+  if running is not None and not true_sequential:
+    running.advance(_block(seen))
   frozen |= {path: leaf.astype(scheme.frozen_dtype) for path, leaf in dense.items() if path not in frozen}
   return {'frozen': jax.device_get(frozen), 'params': jax.device_get(params)}, rows
 
 
-def _rounded(method, name, hessian, w):
-  return method(w, name, hessian)
+def _one(method, name, w, hessian, adapter, begins: Beginning | None, index: int) -> tuple:
+  """(frozen matrix, adapter that begins with its error or None)."""
+  if begins is None:
+    return method(w, name, hessian), None
+  quantize = None if method is None else lambda w: method(w, name, hessian)
+  key = jax.random.fold_in(jax.random.key(begins.seed), index)
+  return residual.initialize(begins.kind, adapter, w, quantize, hessian, iterations=begins.iterations, key=key)
 
 
 def _row(name: str, q, seen, w, hessian) -> dict:
@@ -367,7 +379,7 @@ def _keep(file: pathlib.Path, made: dict, rows: list[dict]) -> None:
   tensors.save_file(file, leaves, metadata={'rows': json.dumps(rows)})
 
 
-def _restore(file: pathlib.Path, scheme, config, shapes, layer: int, beginning) -> tuple[dict, list[dict]]:
+def _restore(file: pathlib.Path, scheme, shapes, layer: int, beginning) -> tuple[dict, list[dict]]:
   """The layer that `_keep` wrote; what it consists of follows from the scheme."""
   blank = jax.eval_shape(functools.partial(_blank, scheme, shapes, layer, beginning))
   leaves = tensors.load_file(file)
@@ -393,9 +405,11 @@ def _blank(scheme, shapes, layer: int, beginning) -> dict:
   return {'frozen': frozen, 'params': params}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _moments(config: llama.ModelConfig, matrices: tuple[str, ...], block: dict, x_BTD, real_B) -> dict[str, jax.Array]:
-  """{matrix: sum of x x^T [I, I]} over the real rows, in float32."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _moments(
+  config: llama.ModelConfig, part: str, matrices: tuple[str, ...], block: dict, x_BTD, real_B
+) -> dict[str, jax.Array]:
+  """{matrix: sum of x x^T [I, I]} over the real rows, in float32; the compiler drops what lies behind the last."""
   inputs = {}
 
   def record(call, args, kwargs, context):
@@ -404,7 +418,7 @@ def _moments(config: llama.ModelConfig, matrices: tuple[str, ...], block: dict, 
     return call(*args, **kwargs)
 
   with nn.intercept_methods(record):
-    _apply(config, block, x_BTD)
+    _apply(config, part, block, x_BTD)
   sums = {}
   for matrix in matrices:
     x = inputs[matrix].astype(jnp.float32) * real_B[:, None, None]
@@ -413,13 +427,15 @@ def _moments(config: llama.ModelConfig, matrices: tuple[str, ...], block: dict, 
   return sums
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(config: llama.ModelConfig, block: dict, x_BTD) -> jax.Array:
-  return _apply(config, block, x_BTD)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(config: llama.ModelConfig, part: str, block: dict, x_BTD) -> jax.Array:
+  return _apply(config, part, block, x_BTD)
 
 
-def _apply(config: llama.ModelConfig, block: dict, x_BTD) -> jax.Array:
+def _apply(config: llama.ModelConfig, part: str, block: dict, x_BTD) -> jax.Array:
+  """What Block's method `part` makes of x, every row a document of its own."""
   B, T, _ = x_BTD.shape
   positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  y_BTD, _ = llama.Block(config, linear.Scheme()).apply({'frozen': block}, x_BTD, positions_BT, llama.causal_mask(B, T))
-  return y_BTD
+  context = () if part == 'feed' else (positions_BT, llama.causal_mask(B, T))
+  made = llama.Block(config, linear.Scheme()).apply({'frozen': block}, x_BTD, *context, method=part)
+  return made[0] if part == _WHOLE else made

@@ -46,7 +46,8 @@ def place(abstract, mesh: jax.sharding.Mesh, fallback: str = 'error'):
   """The NamedSharding of every leaf of an abstract tree of boxed (logically named) and plain leaves.
 
   Codes, scales and offsets of a quantized matrix share one spec, so a group never straddles devices; what has fewer
-  axes than the matrix (the constants of doubly quantized scales) is held whole everywhere.  A dimension that its mesh axis does not divide is a ValueError that names the weight and the sizes that would, or, with
+  axes than the matrix (the constants of doubly quantized scales) is held whole everywhere.  A dimension
+  that its mesh axis does not divide is a ValueError that names the weight and the sizes that would, or, with
   fallback='replicate', is held whole on every device.  Plain leaves are replicated.
   """
   boxed = lambda node: isinstance(node, meta.AxisMetadata)

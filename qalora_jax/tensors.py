@@ -100,7 +100,7 @@ def write(directory, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
       shards.append(_save(directory, len(shards), held))
       held, size = {}, 0
     # safetensors writes the buffer of a transposed view as it lies, without its strides.
-    held[name] = np.ascontiguousarray(tensor)
+    held[name] = np.asarray(tensor, order='C')
     size += tensor.nbytes
     total += tensor.nbytes
   shards.append(_save(directory, len(shards), held))
@@ -202,7 +202,7 @@ def _open(file: pathlib.Path):
 
 def save_file(file: pathlib.Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
   """Writes one safetensors file, which appears whole; arrays may be on a device."""
-  held = {name: np.ascontiguousarray(np.asarray(tensor)) for name, tensor in tensors.items()}
+  held = {name: np.asarray(tensor, order='C') for name, tensor in tensors.items()}
   partial = file.with_name(f'.{file.name}.{os.getpid()}')
   # transformers refuses a file that does not say 'pt'.
   safetensors_numpy.save_file(held, partial, metadata={'format': 'pt', **(metadata or {})})

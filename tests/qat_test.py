@@ -24,32 +24,36 @@ I, O, G, B = 64, 24, 16, 8
 L = I // G
 
 
-start = jax.jit(latent.latent, static_argnums=(1, 2))
-quantized = jax.jit(lambda w: w.quantize())
-
-
 def example(bits, learned, key=0, **choices):
-  """A Latent in the midst of training: away from where it was fitted, with weights outside learned ranges."""
-  keys = jax.random.split(jax.random.key(key), 4)
-  w = start(0.02 * jax.random.normal(keys[0], (I, O)), affine.Affine(bits, G, **choices), learned)
-  w = w.replace(w=w.w + 0.002 * jax.random.normal(keys[1], (I, O)))
-  if learned:
-    w = w.replace(scale=w.scale * jax.random.uniform(keys[2], (L, O), minval=0.7, maxval=1.0))
-  if w.offset is not None:
-    w = w.replace(offset=w.offset + 0.003 * jax.random.normal(keys[3], (L, O)))
-  return w
+  """A Latent in the midst of training: learned scales of both signs if symmetric, and weights outside their ranges."""
+  rng = np.random.default_rng(key)
+  quantizer = affine.Affine(bits, G, **choices)
+  w = rng.normal(scale=0.02, size=(I, O)).astype(np.float32)
+  if not learned:
+    return latent.Latent(jnp.asarray(w), None, None, quantizer)
+  signs = rng.choice([-1, 1], (L, O)) if quantizer.symmetric else 1
+  scale = signs * rng.uniform(0.7, 1.0, (L, O)) * np.abs(w).reshape(L, G, O).max(1) / 2 ** (bits - 1)
+  offset = None if quantizer.symmetric else jnp.asarray(rng.normal(scale=0.003, size=(L, O)), jnp.float32)
+  return latent.Latent(jnp.asarray(w), jnp.asarray(scale, jnp.float32), offset, quantizer)
 
 
 def batch(dtype=jnp.float32, key=1):
-  keys = jax.random.split(jax.random.key(key))
-  return jax.random.normal(keys[0], (B, I)).astype(dtype), jax.random.normal(keys[1], (B, O)).astype(dtype)
+  rng = np.random.default_rng(key)
+  return jnp.asarray(rng.normal(size=(B, I)), dtype), jnp.asarray(rng.normal(size=(B, O)), dtype)
 
 
 @jax.jit
-def product(w, *batches):
-  """y and dx of every (x, dy)."""
-  through = lambda x, dy: (lambda y, pull: (y, *pull(dy)))(*jax.vjp(lambda x: qmatmul.qmatmul(x, w), x))
-  return [through(*pair) for pair in batches]
+def products(weights, *batches):
+  """y and dx of every (x, dy) for every weight."""
+
+  def through(w, x, dy):
+    y, pull = jax.vjp(lambda x: qmatmul.qmatmul(x, w), x)
+    return y, *pull(dy)
+
+  return [through(w, *pair) for w in weights for pair in batches]
+
+
+quantized = jax.jit(lambda weights: [w.quantize() for w in weights])
 
 
 @jax.jit
@@ -73,89 +77,97 @@ def by_group(matrix):
 
 
 def lsq(w, x, dy):
-  """(dw, dscale, doffset, their tolerances, how many weights are clipped) of a learned Latent, in float64.
+  """(dw, dscale, doffset, tolerance of these two, how many weights are outside) of a learned Latent, in float64.
 
   A float32 z errs by three roundings of at most h + 1; ddense by the rounding of a sum of B products.
   """
   h = 2 ** (w.quantizer.bits - 1)
-  ddense = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
-  s = np.asarray(w.scale.astype(w.quantizer.scale_dtype), np.float64)
-  beta = np.zeros_like(s) if w.offset is None else np.asarray(w.offset, np.float64)
+  stored = lambda part: np.asarray(part).astype(w.quantizer.scale_dtype).astype(np.float64)[:, None, :]
+  v, s = by_group(w.w), stored(w.scale)
+  beta = np.zeros_like(s) if w.offset is None else np.asarray(w.offset, np.float64)[:, None, :]
   if w.quantizer.zero == 'integer':
-    beta = s * np.clip(np.round(beta / s), 1 - h, h)
-  beta = beta.astype(w.quantizer.scale_dtype).astype(np.float64)
-  z = (by_group(w.w) - beta[:, None, :]) / s[:, None, :]
+    # GPTQ's order: the weight is rounded, then moved by whole steps; the stored offset is near to these steps.
+    steps = np.clip(np.round(beta / s), 1 - h, h)
+    beta = stored((s * steps)[:, 0])
+    unrounded, moved = v / s, steps
+  else:
+    beta = stored(beta[:, 0])
+    unrounded, moved = (v - beta) / s, 0
+  z = (v - beta) / s
   # No weight of the examples is so near to a border that float32 could see it on the other side.
-  assert np.abs(z + h).min() > 1e-5 and np.abs(z - h + 1).min() > 1e-5
-  assert np.abs(np.abs(z[np.abs(z) < h] % 1) - 0.5).min() > 1.5 * h * EPS
+  assert min(np.abs(z + h).min(), np.abs(z - h + 1).min()) > 3 * h * EPS
+  assert np.abs(unrounded % 1 - 0.5)[np.abs(z) < h].min() > 1.5 * h * EPS
   below, above = z <= -h, z >= h - 1
-  slope = np.round(z) - z
+  slope = np.round(unrounded) - moved - z
   slope[below], slope[above] = -h, h - 1
-  d = by_group(ddense)
-  g = 1 / math.sqrt(G * (h - 1))
+  d = by_group(np.asarray(x, np.float64).T @ np.asarray(dy, np.float64))
   dw = np.where(below | above, 0, d)
-  each = np.abs(d) * 3 * (h + 1) * EPS + 4 * math.sqrt(B + G) * EPS * np.abs(d).max() * h
-  return (
-    dw.reshape(I, O),
-    g * (d * slope).sum(1),
-    g * (d - dw).sum(1),
-    g * each.sum(1),
-    int((below | above).sum()),
+  g = 1 / math.sqrt(G * (h - 1))
+  atol = g * (np.abs(d) * 3 * (h + 1) * EPS + 4 * math.sqrt(B + G) * EPS * np.abs(d).max() * h).sum(1)
+  return dw.reshape(I, O), g * (d * slope).sum(1), g * (d - dw).sum(1), atol, int((below | above).sum())
+
+
+def exported(weights):
+  """Their QTensors, which give the same y and dx bit for bit; each side jitted alone, as training and inference are."""
+  batches = batch(), batch(jnp.bfloat16)
+  matrices = quantized(weights)
+  equal(products(weights, *batches), products(matrices, *batches))
+  return matrices
+
+
+@pytest.mark.parametrize('bits', BITS)
+def test_the_forward_pass_is_that_of_the_exported_matrix(bits):
+  weights = [example(bits, learned, symmetric=symmetric) for learned in (False, True) for symmetric in (False, True)]
+  for w, q in zip(weights, exported(weights), strict=True):
+    assert isinstance(q, qtensor.QTensor) and q.bits == bits
+    assert q.shape == w.shape == (I, O) and q.size == w.size == I * O
+
+
+def test_it_is_for_other_choices_of_the_quantizer_too():
+  half, clipped = exported(
+    [
+      example(8, learned=True, zero='integer', scale_dtype='float16'),
+      example(3, learned=False, clip='percentile', percentile=90),
+    ]
+  )
+  assert half.scale.dtype == half.offset.dtype == jnp.float16
+  assert clipped.scale.dtype == clipped.offset.dtype == jnp.float32
+
+
+def test_both_kinds_start_as_round_to_nearest():
+  quantizers = (
+    affine.Affine(4, G),
+    affine.Affine(3, G, symmetric=True),
+    affine.Affine(8, G, zero='integer'),
+    affine.Affine(8, G, zero='integer', scale_dtype='float16'),
+    affine.Affine(4, G, zero='integer', symmetric=True),
+    affine.Affine(2, G, clip='percentile', percentile=98),
   )
 
+  @functools.partial(jax.jit, static_argnums=1)
+  def starts(w, learned):
+    return [latent.latent(w, quantizer, learned) for quantizer in quantizers]
 
-@pytest.mark.parametrize('bits', BITS)
-@pytest.mark.parametrize('symmetric', [False, True])
-@pytest.mark.parametrize('learned', [False, True])
-def test_the_forward_pass_is_that_of_the_exported_matrix(bits, symmetric, learned):
-  """Bit for bit, and so is dx; each jitted on its own, as training and inference are."""
-  w = example(bits, learned, symmetric=symmetric)
-  batches = batch(), batch(jnp.bfloat16)
-  q = quantized(w)
-  assert isinstance(q, qtensor.QTensor) and q.shape == w.shape == (I, O) and q.size == w.size == I * O
-  equal(product(w, *batches), product(q, *batches))
+  w = jnp.stack([example(4, learned=False, key=key).w for key in range(2)])
+  want = jax.jit(lambda w: [quantizer(w) for quantizer in quantizers])(w)
+  for learned in (False, True):
+    weights = starts(w, learned)
+    equal(quantized(weights), want)
+    for own, quantizer in zip(weights, quantizers, strict=True):
+      assert own.shape == (2, I, O) and own.size == 2 * I * O
+      assert (own.scale is not None) == learned and (own.offset is not None) == (learned and not quantizer.symmetric)
 
 
-@pytest.mark.parametrize('bits', [8, 2])
 @pytest.mark.parametrize(
-  'choices', [dict(zero='integer', scale_dtype='float16'), dict(clip='percentile', percentile=90)]
-)
-def test_it_is_for_other_choices_of_the_quantizer_too(bits, choices):
-  w = example(bits, learned='clip' not in choices, **choices)
-  q = quantized(w)
-  assert q.scale.dtype == q.offset.dtype == jnp.dtype(choices.get('scale_dtype', 'float32'))
-  equal(product(w, batch(), batch(jnp.bfloat16)), product(q, batch(), batch(jnp.bfloat16)))
-
-
-@pytest.mark.parametrize('bits', [8, 2])
-@pytest.mark.parametrize(
-  'choices',
+  'bits, choices',
   [
-    dict(),
-    dict(symmetric=True),
-    dict(zero='integer'),
-    dict(zero='integer', symmetric=True),
-    dict(zero='integer', scale_dtype='float16'),
-    dict(clip='percentile', percentile=98),
+    *((bits, dict()) for bits in BITS),
+    (4, dict(symmetric=True)),
+    (2, dict(symmetric=True)),
+    (3, dict(zero='integer')),
+    (8, dict(zero='integer', scale_dtype='float16')),
   ],
 )
-def test_both_kinds_start_as_round_to_nearest(bits, choices):
-  quantizer = affine.Affine(bits, G, **choices)
-
-  @jax.jit
-  def starts(w):
-    return [latent.latent(w, quantizer, learned) for learned in (False, True)], quantizer(w)
-
-  kinds, want = starts(0.02 * jax.random.normal(jax.random.key(bits), (2, I, O)))
-  for own in kinds:
-    assert own.shape == (2, I, O) and own.size == 2 * I * O
-    equal(quantized(own), want)
-  assert kinds[0].scale is None and kinds[0].offset is None
-  assert kinds[1].scale.dtype == jnp.float32 and (kinds[1].offset is None) == quantizer.symmetric
-
-
-@pytest.mark.parametrize('bits', BITS)
-@pytest.mark.parametrize('choices', [dict(), dict(symmetric=True), dict(zero='integer', scale_dtype='float16')])
 def test_learned_scales_learn_as_lsq_says(bits, choices):
   w = example(bits, learned=True, **choices)
   (x, dy), got = batch(), learn(w, *batch())
@@ -179,17 +191,16 @@ def test_a_bfloat16_gradient_is_summed_in_float32():
   close(got.w, np.asarray(x, np.float64).T @ np.asarray(dy, np.float64), B)
 
 
-@pytest.mark.parametrize('symmetric', [False, True])
-def test_minmax_passes_gradients_straight_through_but_not_where_it_clips(symmetric):
-  x, dy = batch()
-  ddense = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
-  close(learn(example(2, learned=False, symmetric=symmetric), x, dy).w, ddense, B)
-  w = example(2, learned=False, symmetric=symmetric, clip='mse')
-  q = quantized(w)
-  error = np.abs(by_group(w.w) - by_group(qtensor.dequantize(q)))
-  cut = (error > np.abs(np.asarray(q.scale))[:, None, :] * (0.5 + 4 * EPS)).reshape(I, O)
-  assert 0 < cut.sum() < I * O / 2
-  close(learn(w, x, dy).w, np.where(cut, 0, ddense), B)
+@pytest.mark.parametrize('choices', [dict(), dict(symmetric=True), dict(clip='mse'), dict(symmetric=True, clip='mse')])
+def test_minmax_passes_gradients_straight_through_but_where_it_clips(choices):
+  w, (x, dy) = example(2, learned=False, **choices), batch()
+  [q] = quantized([w])
+  error = np.abs(by_group(w.w) - by_group(jax.jit(qtensor.dequantize)(q)))
+  cut = (error > 0.51 * np.abs(np.asarray(q.scale))[:, None, :]).reshape(I, O)
+  # Symmetric levels reach less far to one side: up to half a step is missing there, clipped or not.
+  assert 0 < cut.sum() < I * O / 2 or choices == dict()
+  through = np.where(cut, 0, 1) if 'clip' in choices else 1
+  close(learn(w, x, dy).w, through * (np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)), B)
 
 
 @pytest.mark.parametrize('learned', [False, True])
@@ -209,10 +220,10 @@ def test_the_kernel_computes_the_reference(learned):
 @pytest.mark.parametrize('learned', [False, True])
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_only_inputs_and_weights_are_kept_for_the_backward_pass(learned, dtype):
-  w = example(4, learned)
-  _, pull = jax.vjp(qmatmul.qmatmul, batch(dtype)[0], w)
-  kept = sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(pull) if hasattr(leaf, 'shape'))
-  assert kept == sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves((batch(dtype)[0], w)))
+  given = batch(dtype)[0], example(4, learned)
+  pull = jax.eval_shape(lambda *given: jax.vjp(qmatmul.qmatmul, *given)[1], *given)
+  described = lambda tree: sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(tree))
+  assert described(pull) == described(given)
 
 
 def test_under_vmap_scan_and_remat():
@@ -220,29 +231,36 @@ def test_under_vmap_scan_and_remat():
   each = [example(3, learned=True, key=key) for key in range(2)]
   stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
+  def mapped(stack):
+    return jax.vmap(lambda w: qmatmul.qmatmul(x, w))(stack)
+
   def scanned(stack):
     return jax.lax.scan(lambda c, w: (c, jax.checkpoint(qmatmul.qmatmul)(x, w)), 0, stack)[1]
 
-  want_y = jnp.stack([product(w, (x, dy))[0][0] for w in each])
-  want = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(learn(w, x, dy) for w in each))
-  for forward in (jax.vmap(lambda w: qmatmul.qmatmul(x, w)), scanned):
-    y, pull = jax.jit(lambda stack, forward=forward: jax.vjp(forward, stack))(stack)
-    close(y, want_y, I)
-    jax.tree.map(lambda g, w: close(g, w, B + G), jax.jit(pull)(jnp.stack([dy, dy]))[0], want)
+  @functools.partial(jax.jit, static_argnums=0)
+  def through(forward, stack):
+    y, pull = jax.vjp(forward, stack)
+    return y, *pull(jnp.stack([dy, 0 * dy]))
+
+  for forward in (mapped, scanned):
+    y, grads = through(forward, stack)
+    close(y, jnp.stack([y for y, _ in products(each, (x, dy))]), I)
+    jax.tree.map(lambda got, want: close(got[0], want, B + G), grads, learn(each[0], x, dy))
+    assert not any(leaf[1].any() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize('symmetric', [False, True])
-@pytest.mark.parametrize('zero', affine.ZEROS)
+@pytest.mark.parametrize('symmetric, zero', [(False, 'real'), (True, 'real'), (False, 'integer')])
 def test_a_scale_of_zero_is_a_constant_group_that_training_can_leave(symmetric, zero):
   w = example(3, learned=True, symmetric=symmetric, zero=zero)
   x, dy = batch()
   gone = w.replace(scale=w.scale.at[0].set(0.0).at[1].set(1e-40))
-  np.testing.assert_array_equal(
-    qtensor.dequantize(quantized(gone))[:G],
-    jnp.zeros((G, O)) if symmetric or zero == 'integer' else jnp.repeat(w.offset[:1], G, axis=0),
-  )
+  dense = by_group(jax.jit(qtensor.dequantize)(*quantized([gone])))
+  # An integer zero is a number of steps, and these are 0 too.
+  shift = 0 if symmetric or zero == 'integer' else np.asarray(w.offset)[0]
+  np.testing.assert_array_equal(dense[0], np.zeros((G, O)) + shift)
+  assert np.isfinite(dense).all()
   got = learn(gone, x, dy)
-  assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((product(gone, (x, dy)), got)))
+  assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(got))
   # The limit from above: every weight is clipped.
   limit = learn(w.replace(scale=w.scale.at[0].set(1e-20)), x, dy)
   close(got.scale[0], limit.scale[0], G)
@@ -251,19 +269,19 @@ def test_a_scale_of_zero_is_a_constant_group_that_training_can_leave(symmetric, 
 
 
 def test_a_constant_group_learns():
-  constant = start(jnp.full((I, O), 0.3), affine.Affine(4, G), True)
+  constant = jax.jit(lambda w: latent.latent(w, affine.Affine(4, G), learned=True))(jnp.full((I, O), 0.3))
   x, dy = batch()
   assert float(jnp.abs(constant.scale).max()) == 0
   got = learn(constant, x, dy)
   close(got.w, np.asarray(x, np.float64).T @ np.asarray(dy, np.float64), B)
 
 
-@pytest.mark.parametrize('bits', BITS)
+@pytest.mark.parametrize('bits', [8, 2])
 def test_a_learned_integer_zero_stays_one_that_can_be_packed(bits):
   w = example(bits, learned=True, zero='integer')
-  far = w.replace(offset=w.offset + jax.random.normal(jax.random.key(5), w.offset.shape))
+  far = w.replace(offset=100 * w.offset)
   for own in (w, far):
-    q = quantized(own)
+    [q] = quantized([own])
     zeros = 2 ** (bits - 1) - np.asarray(q.offset, np.float64) / np.asarray(q.scale, np.float64)
     # The float32 product of scale and steps errs by half a unit in the last place.
     np.testing.assert_allclose(zeros, np.round(zeros), rtol=0, atol=2**bits * EPS)
@@ -275,26 +293,27 @@ def test_a_learned_integer_zero_stays_one_that_can_be_packed(bits):
 def test_training_halves_the_loss_of_round_to_nearest(bits, learned):
   """A regression on correlated inputs (8 directions and noise), where errors of weights can make up for each other.
 
-  The float solution is known and has no loss.  Measured: 10 to 29 % of the loss of its rounding is left.
+  The float solution is known and has no loss.  Measured: 16 to 34 % of the loss of its rounding is left.
   """
-  keys = jax.random.split(jax.random.key(0), 4)
-  x = jax.random.normal(keys[0], (128, 8)) @ jax.random.normal(keys[1], (8, I))
-  x = x + 0.3 * jax.random.normal(keys[2], x.shape)
-  solution = jax.random.normal(keys[3], (I, O))
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(128, 8)) @ rng.normal(size=(8, I)) + 0.3 * rng.normal(size=(128, I)), jnp.float32)
+  solution = jnp.asarray(rng.normal(size=(I, O)), jnp.float32)
   quantizer = affine.Affine(bits, G)
   loss = lambda w: jnp.mean((qmatmul.qmatmul(x, w) - x @ solution) ** 2)
   optimizer = optax.adam(optax.linear_schedule(0.01, 0.0, 200))
 
   @jax.jit
-  def train(w):
+  def losses():
     def step(carry, _):
       updates, state = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
       return (optax.apply_updates(carry[0], updates), state), None
 
-    return jax.lax.scan(step, (w, optimizer.init(w)), length=200)[0][0]
+    w = latent.latent(solution, quantizer, learned)
+    trained = jax.lax.scan(step, (w, optimizer.init(w)), length=200)[0][0]
+    return loss(quantizer(solution)), loss(trained.quantize())
 
-  trained = train(latent.latent(solution, quantizer, learned))
-  assert float(loss(trained.quantize())) < 0.5 * float(loss(quantizer(solution)))
+  rounded, trained = losses()
+  assert trained < 0.5 * rounded
 
 
 @pytest.mark.parametrize(

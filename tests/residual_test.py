@@ -60,8 +60,13 @@ def wide(x):
   return np.asarray(x, np.float64)
 
 
+@jax.jit
 def dense(w):
   return qtensor.dequantize(w) if isinstance(w, qtensor.QTensor) else w
+
+
+codes = jax.jit(qtensor.codes)
+offsets = jax.jit(qtensor.offsets)
 
 
 def group_of(node):
@@ -110,12 +115,11 @@ def least(w, frozen, node, hessian, damping):
 
 
 @pytest.mark.parametrize('quantizer', QUANTIZERS)
-@pytest.mark.parametrize('adapter', ['lora', 'qalora'])
-@pytest.mark.parametrize('kind', residual.KINDS)
+@pytest.mark.parametrize(
+  'kind, adapter', [('loftq', 'qalora'), ('calibrated', 'qalora'), *((kind, 'lora') for kind in residual.KINDS)]
+)
 def test_starts_nearer_to_w_than_its_rounding(matrix, kind, adapter, quantizer):
-  """In the norm that the kind minimises.  QA-LoRA's pissa promises it only of codes without offsets that follow."""
-  if (kind, adapter) == ('pissa', 'qalora') and quantizer != 'nf4':
-    pytest.skip('the quantizer fits its own offsets to what pissa takes away')
+  """In the norm that the kind minimises.  (QA-LoRA's pissa need not be: it leaves the rounding error as it falls.)"""
   w, hessian = matrix
   quantize = QUANTIZERS[quantizer]
   frozen, node = residual.initialize(kind, choice(adapter), w, quantize, hessian)
@@ -124,11 +128,20 @@ def test_starts_nearer_to_w_than_its_rounding(matrix, kind, adapter, quantizer):
   assert np.linalg.matrix_rank(low_rank(node)) == node.a.shape[-1] == R
 
 
+def test_pissa_for_qalora_takes_from_the_scales_what_has_no_offset(matrix):
+  """NF4 scales by the largest magnitude of a group, which is less without the group's mean."""
+  w, _ = matrix
+  quantize = QUANTIZERS['nf4']
+  frozen, node = residual.initialize('pissa', choice('qalora'), w, quantize)
+  assert np.mean(frozen.scale) < np.mean(quantize(w).scale)
+  assert np.linalg.norm(missing(w, frozen, node)) < np.linalg.norm(missing(w, quantize(w)))
+
+
 def test_a_dense_base_keeps_what_pissa_leaves(matrix):
   w, _ = matrix
   frozen, node = residual.initialize('pissa', choice('lora'), w, None)
   # One rounding in the subtraction, one in the sum, each of a number no larger than the largest entry, doubled.
-  np.testing.assert_allclose(node.merge(frozen), w, rtol=0, atol=4 * EPS * float(jnp.abs(w).max()))
+  np.testing.assert_allclose(node.merge(frozen), w, rtol=0, atol=4 * EPS * np.abs(w).max())
   sizes = np.linalg.svd(wide(w), compute_uv=False)
   np.testing.assert_allclose(np.sum(wide(frozen) ** 2), np.sum(sizes[R:] ** 2), rtol=I * EPS)
   np.testing.assert_allclose(np.linalg.svd(update(node), compute_uv=False)[:R], sizes[:R], rtol=I * EPS)
@@ -136,7 +149,7 @@ def test_a_dense_base_keeps_what_pissa_leaves(matrix):
 
 @pytest.mark.parametrize('shape, rank', [((I, O), R), ((O, I), 8 * R)])
 def test_singular_values_over_six_decades(shape, rank):
-  """The squares of those that the Gram matrix blurs are below eps of the first: that is what each of `rank` may cost."""
+  """The squares of those that the Gram matrix blurs are below eps of the first: that each of `rank` may cost."""
   sides = [np.linalg.qr(np.random.default_rng(n).normal(size=(n, O)))[0] for n in shape]
   sizes = np.geomspace(1.0, 1e-6, O)
   w = jnp.asarray((sides[0] * sizes) @ sides[1].T, jnp.float32)
@@ -179,9 +192,9 @@ def test_calibrated_beats_the_others_where_they_chose_their_codes_too(matrix):
 def test_calibrated_of_full_rank_is_the_refinement(matrix, quantizer):
   w, hessian = matrix
   frozen, node = residual.initialize('calibrated', choice('qalora', L + 5), w, QUANTIZERS[quantizer], hessian)
-  want = qtensor.offsets(refine.refine(frozen, w, hessian, 0.01))
+  want = offsets(jax.jit(refine.refine)(frozen, w, hessian, 0.01))
   # F^-T magnifies the rounding of the singular vectors by at most its condition, sqrt(1 + L / damping) < 30.
-  size = float(jnp.abs(want - qtensor.offsets(frozen)).max())
+  size = np.abs(want - offsets(frozen)).max()
   np.testing.assert_allclose(node.merge(frozen).offset, want, rtol=0, atol=30 * L * EPS * size)
 
 
@@ -192,11 +205,11 @@ def test_it_takes_the_codes_of_any_quantizer(real, adapter):
 
   def quantize(w):
     calls.append(w)
-    return gptq.quantize(w, hessian, QUANTIZERS['affine'], gptq.GPTQ())
+    return gptq.quantize(w, hessian, affine.Affine(2, G), gptq.GPTQ())
 
   frozen, node = residual.initialize('calibrated', choice(adapter), w, quantize, hessian)
   assert len(calls) == 1
-  np.testing.assert_array_equal(qtensor.codes(frozen), qtensor.codes(quantize(w)))
+  np.testing.assert_array_equal(codes(frozen), codes(quantize(w)))
   assert energy(missing(w, frozen, node), wide(hessian)) < energy(missing(w, frozen), wide(hessian))
 
 
@@ -230,10 +243,10 @@ def test_where_offsets_follow_qalora_only_moves_them(real):
   w, _ = real
   quantize = QUANTIZERS['affine']
   rounded = quantize(w)
-  size = float(jnp.abs(w).max())
+  size = np.abs(w).max()
   for kind in ('pissa', 'loftq'):
     frozen, node = residual.initialize(kind, choice('qalora'), w, quantize)
-    np.testing.assert_array_equal(qtensor.codes(frozen), qtensor.codes(rounded))
+    np.testing.assert_array_equal(codes(frozen), codes(rounded))
     moved = node.merge(frozen).offset - rounded.offset
     if kind == 'pissa':
       # Codes of 2 bits: an offset is an end of the range less twice a third of it, rounded a few times.
@@ -255,16 +268,16 @@ def test_the_merge_stays_exact_and_pools_agree(drawn, kind, quantizer):
   merged = node.merge(frozen)
   for before, after in zip((*frozen.planes, frozen.scale), (*merged.planes, merged.scale), strict=True):
     np.testing.assert_array_equal(after, before)
-  want = wide(qtensor.dequantize(frozen)) + update(node)
+  want = wide(dense(frozen)) + update(node)
   # A product of R terms and two sums, of numbers no larger than these.
   size = np.abs(wide(w)).max() + np.abs(update(node)).max()
-  np.testing.assert_allclose(qtensor.dequantize(merged), want, rtol=0, atol=(R + 3) * EPS * size)
+  np.testing.assert_allclose(dense(merged), want, rtol=0, atol=(R + 3) * EPS * size)
 
   other, mean = residual.initialize(kind, choice('qalora', pool='mean'), w, QUANTIZERS[quantizer], hessian)
   assert mean.pool == 'mean' and mean.alpha == node.alpha == 16.0
-  np.testing.assert_array_equal(qtensor.codes(other), qtensor.codes(frozen))
+  np.testing.assert_array_equal(codes(other), codes(frozen))
   np.testing.assert_allclose(low_rank(mean), low_rank(node), rtol=0, atol=8 * EPS * np.abs(low_rank(node)).max())
-  np.testing.assert_allclose(mean.a, 4.0 * node.a, rtol=0, atol=8 * EPS * float(jnp.abs(mean.a).max()))  # sqrt(G)
+  np.testing.assert_allclose(mean.a, 4.0 * node.a, rtol=0, atol=8 * EPS * np.abs(mean.a).max())  # sqrt(G)
 
 
 @pytest.mark.parametrize('adapter', ['lora', 'qalora'])
@@ -281,8 +294,8 @@ def test_factors_are_balanced_whatever_the_unit_of_the_inputs(drawn, adapter):
 
 @pytest.mark.parametrize('adapter, rank', [('qalora', L + 5), ('lora', O + 5)])
 def test_ranks_beyond_the_matrix_still_train(drawn, adapter, rank):
-  w, _ = drawn
-  frozen, node = residual.initialize('loftq', choice(adapter, rank), w, QUANTIZERS['nf4'], iterations=1)
+  w, hessian = drawn
+  frozen, node = residual.initialize('calibrated', choice(adapter, rank), w, QUANTIZERS['nf4'], hessian)
   full = L if adapter == 'qalora' else O
   assert node.a.shape == (I if adapter == 'lora' else L, rank) and node.b.shape == (rank, O)
   fresh = choice(adapter, rank).init(jax.random.key(0), frozen, ('inputs', 'outputs'))
@@ -290,10 +303,10 @@ def test_ranks_beyond_the_matrix_still_train(drawn, adapter, rank):
   np.testing.assert_array_equal(node.b[full:], jnp.zeros((5, O)))
   x = jnp.asarray(np.random.default_rng(1).normal(size=(8, I)), jnp.float32)
   gradient = jax.grad(lambda b: jnp.sum(node.replace(b=b).apply(x, frozen) ** 2))(node.b)
-  assert float(jnp.abs(gradient[full:]).max(1).min()) > 1e-3 * float(jnp.abs(gradient).max())
+  assert np.abs(gradient[full:]).max(1).min() > 1e-3 * np.abs(gradient).max()
   if adapter == 'lora':
-    # All of the error, but for the rounding of sums of O products.
-    np.testing.assert_allclose(node.merge(frozen), w, rtol=0, atol=O * EPS * float(jnp.abs(w).max()))
+    # All of the error; F^-T magnifies the rounding of its singular vectors by at most sqrt(1 + I / damping) < 120.
+    np.testing.assert_allclose(node.merge(frozen), w, rtol=0, atol=120 * O * EPS * np.abs(w).max())
 
 
 @pytest.mark.parametrize('adapter', ['lora', 'qalora'])
@@ -302,7 +315,7 @@ def test_without_an_error_the_adapter_is_a_fresh_one(drawn, kind, adapter):
   constant, hessian = jnp.repeat(drawn[0][::G], G, axis=0), drawn[1]
   key = jax.random.key(7)
   frozen, node = residual.initialize(kind, choice(adapter), constant, QUANTIZERS['affine'], hessian, key=key)
-  np.testing.assert_array_equal(qtensor.dequantize(frozen), constant)
+  np.testing.assert_array_equal(dense(frozen), constant)
   fresh = choice(adapter).init(key, frozen, ('inputs', 'outputs'))
   np.testing.assert_array_equal(node.a, fresh.a.value)
   np.testing.assert_array_equal(node.b, fresh.b.value)
@@ -315,7 +328,7 @@ def test_alpha_and_dropout_are_the_adapters(drawn):
     _, other = residual.initialize('pissa', adapters.Adapter(adapter, R, 1.0, dropout=0.25), w, QUANTIZERS['affine'])
     assert (other.alpha, other.dropout) == (1.0, 0.25)
     np.testing.assert_allclose(low_rank(other), low_rank(one), rtol=0, atol=8 * EPS * np.abs(low_rank(one)).max())
-    np.testing.assert_allclose(other.b, 4.0 * one.b, rtol=0, atol=8 * EPS * float(jnp.abs(other.b).max()))
+    np.testing.assert_allclose(other.b, 4.0 * one.b, rtol=0, atol=8 * EPS * np.abs(other.b).max())
 
 
 @pytest.mark.parametrize(

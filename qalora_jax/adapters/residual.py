@@ -20,6 +20,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.scipy import linalg
+import numpy as np
 
 from qalora_jax.adapters import lora
 from qalora_jax.quant import qtensor
@@ -76,8 +77,8 @@ def initialize(kind: str, adapter, w, quantize, hessian=None, iterations: int = 
     frozen, node = _alternate(fresh, w, floor, rounded, quantize, group, iterations)
   else:
     frozen = rounded
-    node = _fit(fresh, w - qtensor.dequantize(frozen), floor, group=group, hessian=hessian, damping=damping)
-  if not bool(jnp.isfinite(node.a).all() & jnp.isfinite(node.b).all()):
+    node = _fit(fresh, _error(w, frozen), floor, group=group, hessian=hessian, damping=damping)
+  if not (np.isfinite(node.a).all() and np.isfinite(node.b).all()):
     raise ValueError(
       f'{kind}: the adapter has entries that are not finite.  If w and the Hessian are finite, the Hessian is close to '
       f'singular: use more damping than {damping}, or more calibration inputs.'
@@ -105,7 +106,7 @@ def _alternate(fresh, w, floor, rounded, quantize, group: int, iterations: int):
   best, least, update = None, float('inf'), None
   for _ in range(iterations):
     frozen = rounded if update is None else quantize(w - update)
-    error = w - qtensor.dequantize(frozen)
+    error = _error(w, frozen)
     node = _fit(fresh, error, floor, group=group)
     update = _update(node, group)
     left = float(jnp.linalg.norm(error - update))
@@ -113,6 +114,11 @@ def _alternate(fresh, w, floor, rounded, quantize, group: int, iterations: int):
       break
     best, least = (frozen, node), left
   return best
+
+
+@jax.jit
+def _error(w, q) -> jax.Array:
+  return w - qtensor.dequantize(q)
 
 
 @functools.partial(jax.jit, static_argnames='group')
@@ -167,6 +173,7 @@ def _scaling(node, group: int) -> float:
   return node.scaling if isinstance(node, lora.LoRA) else node.scaling(group)
 
 
+@functools.partial(jax.jit, static_argnames='group')
 def _update(node, group: int) -> jax.Array:
   """What the adapter adds to the dense matrix [I, O]."""
   return jnp.repeat(_scaling(node, group) * _dot(node.a, node.b), group, axis=0)

@@ -18,14 +18,13 @@ REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
 }
 
-# The matrices of a block in the order in which data flows: those of one line have the same input.
-SEQUENCE = (
-  ('attention/q_proj', 'attention/k_proj', 'attention/v_proj'),
-  ('attention/o_proj',),
-  ('mlp/gate_proj', 'mlp/up_proj'),
-  ('mlp/down_proj',),
-)
-MATRICES = tuple(matrix for alike in SEQUENCE for matrix in alike)
+# The matrices of a block in the order in which data flows, by the method of Block that applies them; those of one line
+# have the same input.
+SEQUENCE = {
+  'attend': (('attention/q_proj', 'attention/k_proj', 'attention/v_proj'), ('attention/o_proj',)),
+  'feed': (('mlp/gate_proj', 'mlp/up_proj'), ('mlp/down_proj',)),
+}
+MATRICES = tuple(matrix for steps in SEQUENCE.values() for alike in steps for matrix in alike)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,17 +147,27 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One pre-norm layer; the (carry, None) signature is nn.scan's."""
+  """One pre-norm layer: `attend`, then `feed`; the (carry, None) signature is nn.scan's."""
 
   config: ModelConfig
   scheme: linear.Scheme
 
-  @nn.compact
+  def setup(self):
+    self.attention_norm = RMSNorm(self.config.rms_norm_eps, self.scheme)
+    self.attention = Attention(self.config, self.scheme)
+    self.mlp_norm = RMSNorm(self.config.rms_norm_eps, self.scheme)
+    self.mlp = MLP(self.config, self.scheme)
+
+  def attend(self, x_BTD, positions_BT, mask_B1TT):
+    """x + attention(norm(x))."""
+    return x_BTD + self.attention(self.attention_norm(x_BTD), positions_BT, mask_B1TT)
+
+  def feed(self, x_BTD):
+    """x + mlp(norm(x))."""
+    return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
   def __call__(self, x_BTD, positions_BT, mask_B1TT):
-    norm = lambda name: RMSNorm(self.config.rms_norm_eps, self.scheme, name=name)
-    attention = Attention(self.config, self.scheme, name='attention')
-    x_BTD = x_BTD + attention(norm('attention_norm')(x_BTD), positions_BT, mask_B1TT)
-    return x_BTD + MLP(self.config, self.scheme, name='mlp')(norm('mlp_norm')(x_BTD)), None
+    return self.feed(self.attend(x_BTD, positions_BT, mask_B1TT)), None
 
 
 class Llama(nn.Module):

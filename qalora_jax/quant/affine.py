@@ -23,17 +23,22 @@ class Affine(quantizer.Quantizer):
 
       scale = (high - low) / (2h - 1)     offset = low + h * scale     codes = round((w - offset) / scale)
 
-  zero = 'integer' (GPTQ's and AWQ's files): 0 is in every range and offset = scale * (h - round(-low / scale)), a
-  multiple of the scale, so that a packed zero-point can hold it.  symmetric: no offset.  With a real zero the entry of
-  largest magnitude becomes code -h (GGUF's Q4_0), so scale may be negative; with an integer one
-  scale = 2 max|w| / (2h - 1) (GPTQ's `sym`).
+  zero = 'integer' (GPTQ's and AWQ's files): 0 is in every range, that of a group of zeros is [-1, 1], and offset =
+  scale * (h - round(-low / scale)), a multiple of the scale, so that a packed zero-point can hold it.  symmetric: no
+  offset.  With a real zero the entry of largest magnitude becomes code -h (GGUF's Q4_0), so scale may be negative; with
+  an integer one scale = 2 max|w| / (2h - 1) (GPTQ's `sym`; but its code cuts a group without negative entries at half
+  its range, and this does not).
 
   Low and high are the minimum and maximum; or with clip = 'percentile' those percentiles (100 - p and p) of the group;
   or with clip = 'mse' the ends, shrunk together by 0 to 79 %, that minimise sum |w - dense|^norm (GPTQ's code: norm
-  2.4).  Unclipped, an error is at most scale / 2 where asymmetric with a real zero, and quantizing `dense` again gives
-  the same codes; a constant group has scale 0 and is exact.
+  2.4; 2.0 takes a fifth of its time).
 
-  scale_dtype: 'float32' or 'float16', of scale and offset; codes are fitted to the rounded values.
+  Unclipped in float32: where asymmetric with a real zero, an error is at most scale / 2, and a constant group has scale
+  0 and is exact.  Quantizing `dense` again gives the same codes, unless symmetric with an integer zero: its levels end
+  half a step within or beyond the range.
+
+  scale_dtype: 'float32' or 'float16', of scale and offset; codes are fitted to the rounded values.  Those of weights up
+  to 65504 in magnitude fit in float16; larger ones become the largest that do, and a scale below 6e-8 becomes 6e-8.
   Raises ValueError for values outside these.
   """
 
@@ -69,8 +74,8 @@ class Affine(quantizer.Quantizer):
       # Towards 0 where 0 has to stay a level, towards the middle elsewhere.
       middle = jnp.zeros_like(low) if self.symmetric or self.zero == 'integer' else (low + high) / 2
       scale, offset = self._between(*(keep * end + (1 - keep) * middle for end in (low, high)))
-      spread = lambda part: None if part is None else part[..., None, :]
-      dense = self.decode(self.encode(grouped, spread(scale), spread(offset)), spread(scale), spread(offset))
+      constants = quantizer.spread(scale), quantizer.spread(offset)
+      dense = self.decode(self.encode(grouped, *constants), *constants)
       error = jnp.sum(jnp.abs(dense - grouped) ** self.norm, axis=-2)
       better = error < best[0]
       return jax.tree.map(lambda new, old: jnp.where(better, new, old), (error, scale, offset), best)
@@ -81,11 +86,9 @@ class Affine(quantizer.Quantizer):
     scale = scale.astype(jnp.float32)
     step = jnp.where(scale == 0, 1.0, scale)
     shift = 0.0 if offset is None else offset.astype(jnp.float32)
-    if self.zero == 'integer':
-      # As GPTQ rounds, ties included: the weight first, then the whole number of steps.
-      levels = jnp.round(w / step) - jnp.round(shift / step)
-    else:
-      levels = jnp.round((w - shift) / step)
+    whole = self.zero == 'integer'
+    # As GPTQ rounds, ties included: the weight first, then the whole number of steps.
+    levels = jnp.round(w / step) - jnp.round(shift / step) if whole else jnp.round((w - shift) / step)
     levels = jnp.where(scale == 0, 0.0, levels)
     return jnp.clip(levels, -self._half, self._half - 1).astype(jnp.int32)
 
@@ -113,7 +116,7 @@ class Affine(quantizer.Quantizer):
     wide = scale.astype(jnp.float32)
     if self.zero == 'real':
       return scale, quantizer.stored_offset(low + self._half * wide, self.scale_dtype)
-    steps = jnp.round(-low / wide)
+    steps = jnp.round(-low / jnp.where(wide == 0, 1.0, wide))
     return scale, quantizer.stored_offset(wide * (self._half - steps), self.scale_dtype)
 
 

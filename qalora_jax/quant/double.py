@@ -37,8 +37,9 @@ class Doubled(struct.PyTreeNode):
 def compress(scale) -> Doubled:
   """Scales [..., L, O] in 8 bits: their mean removed, then the nearest of 256 dynamic levels in blocks of 256.
 
-  The levels are those that bitsandbytes' CUDA kernels take; its CPU kernel rounds to 2^-15 of absmax first and so takes
-  a neighbour now and then.  The mean may differ from its in the last bits, which there depend on the processor.
+  As bitsandbytes' torch code, to the last bit given the same mean; that is within two units in the last place of its,
+  which there depend on the processor and its threads.  Its CPU kernel first rounds to 2^-15 of absmax, and so takes a
+  neighbour of the nearest level once in some hundred scales.
   """
   *leading, L, O = scale.shape
   flat = scale.astype(jnp.float32).swapaxes(-1, -2).reshape(*leading, L * O)

@@ -21,10 +21,11 @@ class Float4(quantizer.Quantizer):
   kind: 'nf4' or 'fp4' (E2M1).  `double`: the scales in 8 bits (`double.compress`): at blocks of 64 on large matrices
   4.127 bits per weight instead of 4.5.  There is no offset, until QA-LoRA or a refinement adds one.
 
-  Codes, scales and dense values are those of bitsandbytes on a CPU, to the last bit: it cuts blocks from the flattened
-  [outputs, inputs] matrix, which are the same where the block divides the inputs, as is required here.  Between two
-  levels the lower is taken, and of FP4's two zeros the second (code 8) just above 0.  Its CUDA kernels take the smaller
-  magnitude for FP4 and code 8 just below 0; they have a fast reciprocal and fill a block of zeros with NF4's code 0.
+  On a CPU, codes, scales and dense values are those of bitsandbytes' torch code (`backends/default`) to the last bit.
+  It cuts blocks from the flattened [outputs, inputs] matrix: the same ones where the block divides the inputs, as is
+  required here.  Halfway between two levels the lower is taken.  Its CUDA kernels have a fast reciprocal, and for FP4
+  thresholds of six digits, the smaller magnitude at a tie, and the second zero (code 8) just below 0 instead of above;
+  a block of zeros gets NF4's code 0 there, here that of 0.
 
   Raises ValueError for another kind, and for `double` with a scale_dtype that it would not keep.
   """
@@ -41,7 +42,7 @@ class Float4(quantizer.Quantizer):
     if self.scale_dtype not in quantizer.SCALE_DTYPES:
       raise ValueError(f'scale_dtype = {self.scale_dtype!r}; it is one of {quantizer.SCALE_DTYPES}.')
     if self.double and self.scale_dtype != 'float32':
-      raise ValueError(f'scale_dtype = {self.scale_dtype!r} with double = True, which keeps scales in 8 bits; leave it.')
+      raise ValueError(f'scale_dtype = {self.scale_dtype!r} with double = True, which stores 8 bits; leave it float32.')
 
   @property
   def levels(self) -> str:

@@ -119,11 +119,11 @@ def _sweep(w, upper, order, dead, quantizer, options: GPTQ, group: int) -> qtens
       return rows - reach[:, None] * error[None], (code, error)
 
     within = jax.lax.dynamic_slice_in_dim(reach, start, size, axis=1)
-    groups = jax.lax.dynamic_slice_in_dim(order // group, start, size)
+    inputs = jax.lax.dynamic_slice_in_dim(order, start, size)
     rows = jax.lax.dynamic_slice_in_dim(w, start, size)
-    _, (found, errors) = jax.lax.scan(step, rows, (jnp.arange(size), within, groups))
+    _, (found, errors) = jax.lax.scan(step, rows, (jnp.arange(size), within, inputs // group))
     w = w - jnp.matmul(reach.T, errors, precision=jax.lax.Precision.HIGHEST)
-    return w, jax.lax.dynamic_update_slice_in_dim(codes, found, start, axis=0), fitted
+    return w, codes.at[inputs].set(found, unique_indices=True), fitted
 
   def stale(start, size, state):
     w, codes, fitted = state
@@ -135,7 +135,7 @@ def _sweep(w, upper, order, dead, quantizer, options: GPTQ, group: int) -> qtens
   def fresh(own, state):
     w, codes, fitted = state
     new = quantizer.fit(jax.lax.dynamic_slice_in_dim(w, own * group, group))
-    fitted = jax.tree.map(lambda one, all: jax.lax.dynamic_update_index_in_dim(all, one, own, 0), new, fitted)
+    fitted = jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, own, 0), fitted, new)
     return _blocks(block, own * group, group, options.block, (w, codes, fitted))
 
   state = w[order], jnp.zeros((I, O), jnp.int32), (fit if options.static_groups else nothing)(w)
@@ -146,7 +146,7 @@ def _sweep(w, upper, order, dead, quantizer, options: GPTQ, group: int) -> qtens
   else:
     state = jax.lax.fori_loop(0, I // group, fresh, state)
   _, codes, fitted = state
-  return quantizer.store(codes[jnp.argsort(order)], *fitted)
+  return quantizer.store(codes, *fitted)
 
 
 def _blocks(step, start, length: int, block: int, state):

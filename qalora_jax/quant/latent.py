@@ -11,6 +11,11 @@ import jax.numpy as jnp
 
 from qalora_jax.quant import affine
 from qalora_jax.quant import qtensor
+from qalora_jax.quant import quantizer
+
+# Half a step and a little more: clip = 'mse' likes ranges that leave the ends at exactly half a step, where float32
+# would toss a coin.
+_REACH = 0.51
 
 
 class Latent(struct.PyTreeNode):
@@ -19,9 +24,9 @@ class Latent(struct.PyTreeNode):
   * Without scale: min-max.  `quantizer.fit` finds the scales of w anew at every use.
   * With scale [..., L, O], and offset [..., L, O] where the quantizer is asymmetric: they train too, as in LSQ (Esser
     et al., 2019) and LSQ+ (Bhalgat et al., 2020).  Both are float32; codes are fitted to them as `quantizer` stores
-    them: rounded to its scale_dtype, and the offset to a whole number of steps that a packed zero-point can hold where
-    zero = 'integer'.  A negative scale is as good as a positive one and keeps its sign until training carries it
-    through 0; at 0 a group is constant.
+    them: rounded to its scale_dtype, and with zero = 'integer' the offset first to a whole number of steps that a
+    packed zero-point can hold.  A negative scale is as good as a positive one and keeps its sign until training carries
+    it through 0; at 0 a group is constant.
 
   `gradient` says how it learns.  Every field keeps the axes (inputs, outputs), as a QTensor's do.
   """
@@ -45,20 +50,18 @@ class Latent(struct.PyTreeNode):
     """The codes, scales and offsets that the forward pass uses."""
     if self.scale is None:
       return self.quantizer(self.w)
-    scale = self.scale.astype(self.quantizer.scale_dtype)
-    offset = None if self.offset is None else self._stored(scale)
-    spread = lambda part: None if part is None else part[..., None, :]
-    codes = self.quantizer.encode(_grouped(self.w, scale), spread(scale), spread(offset))
+    scale = quantizer.stored_scale(self.scale, self.quantizer.scale_dtype)
+    offset = None if self.offset is None else self._stored_offset(scale.astype(jnp.float32))
+    codes = self.quantizer.encode(_grouped(self.w, scale), quantizer.spread(scale), quantizer.spread(offset))
     return self.quantizer.store(codes.reshape(self.shape), scale, offset)
 
-  def _stored(self, scale) -> jax.Array:
-    """The offset as `quantizer` stores it beside `scale`."""
-    if self.quantizer.zero == 'real':
-      return self.offset.astype(scale.dtype)
-    half = 2 ** (self.quantizer.bits - 1)
-    wide = scale.astype(jnp.float32)
-    steps = jnp.round(self.offset / jnp.where(wide == 0, 1.0, wide))
-    return (wide * jnp.clip(steps, 1 - half, half)).astype(scale.dtype)
+  def _stored_offset(self, scale) -> jax.Array:
+    offset = self.offset
+    if self.quantizer.zero == 'integer':
+      half = 2 ** (self.quantizer.bits - 1)
+      steps = jnp.round(offset / jnp.where(scale == 0, 1.0, scale))
+      offset = scale * jnp.clip(steps, 1 - half, half)
+    return quantizer.stored_offset(offset, self.quantizer.scale_dtype)
 
 
 def latent(w, quantizer: affine.Affine, learned: bool, name: str = 'a weight') -> Latent:
@@ -97,17 +100,17 @@ def gradient(w: Latent, ddense) -> Latent:
   The roundings of scale and offset to what is stored pass gradients straight through.  At scale = 0 these are the
   limits from above, so that a group can leave it: nothing is divided by 0.
 
-  Min-max scales count as constants: dw = ddense, but 0 where a quantizer that clips cut off more than half a step.
+  Min-max scales count as constants: dw = ddense, but 0 where a quantizer that clips cut off more than 0.51 steps.
   """
   half = 2 ** (w.quantizer.bits - 1)
   if w.scale is None and w.quantizer.clip == 'none':
     return w.replace(w=ddense.astype(jnp.float32))
   q = w.quantize()
-  scale, offset = qtensor.scales(q)[..., None, :], qtensor.offsets(q)[..., None, :]
+  scale, offset = quantizer.spread(qtensor.scales(q)), quantizer.spread(qtensor.offsets(q))
   ddense = _grouped(ddense, q.scale)
   z = (_grouped(w.w, q.scale) - offset) / jnp.where(scale == 0, jnp.finfo(jnp.float32).tiny, scale)
   if w.scale is None:
-    inside = (z >= -half - 0.5) & (z <= half - 0.5)
+    inside = (z > -half - _REACH) & (z < half - 1 + _REACH)
     return w.replace(w=jnp.where(inside, ddense, 0.0).reshape(w.shape))
   inside = (z > -half) & (z < half - 1)
   slope = jnp.where(inside, _grouped(qtensor.codes(q), q.scale) - z, jnp.clip(z, -half, half - 1))

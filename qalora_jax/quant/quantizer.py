@@ -15,7 +15,7 @@ SCALE_DTYPES = ('float32', 'float16')
 
 
 def stored_scale(scale, dtype: str) -> jax.Array:
-  """Scales as they are kept: in float16 at least 6e-8 (but 0 stays 0) and at most 65504 in magnitude, never infinite."""
+  """Scales as they are kept: in float16 of magnitude 6e-8 (the smallest; but 0 stays 0) to 65504, never infinite."""
   limits = jnp.finfo(dtype)
   magnitude = jnp.clip(jnp.abs(scale), limits.smallest_subnormal, limits.max)
   return jnp.where(scale == 0, 0.0, jnp.copysign(magnitude, scale)).astype(dtype)
@@ -25,6 +25,11 @@ def stored_offset(offset, dtype: str) -> jax.Array:
   """Offsets as they are kept: in float16 at most 65504 in magnitude, never infinite."""
   limits = jnp.finfo(dtype)
   return jnp.clip(offset, limits.min, limits.max).astype(dtype)
+
+
+def spread(constants) -> jax.Array | None:
+  """Scales or offsets [..., O] (None: none) as they broadcast against their groups [..., G, O]."""
+  return None if constants is None else constants[..., None, :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,5 @@ class Quantizer(abc.ABC):
     group = qtensor.check_group(inputs, self.group, name)
     grouped = w.astype(jnp.float32).reshape(*leading, inputs // group, group, outputs)
     scale, offset = self.fit(grouped)
-    spread = lambda part: None if part is None else part[..., None, :]
     codes = self.encode(grouped, spread(scale), spread(offset))
     return self.store(codes.reshape(w.shape), scale, offset)
