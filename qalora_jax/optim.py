@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
+
+from qalora_jax.quant import latent
 
 SCHEDULES = ('constant', 'cosine', 'linear')
 
@@ -32,6 +35,21 @@ def schedule(
 def adamw(
   rate: Callable, *, clip: float, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-  """AdamW (Loshchilov and Hutter, 2019) on gradients clipped to the global norm `clip` (0: not clipped)."""
-  update = optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay)
+  """AdamW (Loshchilov and Hutter, 2019) on gradients clipped to the global norm `clip` (0: not clipped).
+
+  Learned scales and offsets (QAT) do not decay: at 0 they would be no smaller a weight, but none.
+  """
+  update = optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=_decays)
   return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update
+
+
+def _decays(params):
+  """True for every leaf but the scales and offsets of a Latent."""
+  is_latent = lambda node: isinstance(node, latent.Latent)
+
+  def decays(node):
+    if not is_latent(node):
+      return True
+    return jax.tree.map(lambda part: part is node.w, node)
+
+  return jax.tree.map(decays, params, is_leaf=is_latent)

@@ -1,6 +1,6 @@
 """GPTQ (Frantar et al., 2023): codes chosen one input after another, the error of each made up for by those after it.
 
-I inputs, O outputs, G group size, L groups (I // G), B inputs in a block.
+I inputs, O outputs.
 """
 
 import dataclasses
@@ -59,10 +59,10 @@ def quantize(w, hessian, quantizer: quantizer_lib.Quantizer, options: GPTQ, name
 
       codes[i] = encode(w[i])     error = (w[i] - decode(codes[i])) / U[i, i]     w[i:] -= U[i, i:]^T error
 
-  which is the best that the inputs after i can do about the rounding of i.  Outputs do not see each other.  An input
-  that was always 0 (a diagonal of 0) gets weights 0 before they are rounded; its diagonal counts as 1, in the mean
-  that damping is a share of too, as in the released code.  A hessian that is a multiple of the identity gives
-  `quantizer(w)`.
+  which is the best that the inputs after i can do about the rounding of i.  Outputs do not see each other, so w may be
+  sharded over them (with the hessian on every device).  An input that was always 0 (a diagonal of 0) gets weights 0
+  before they are rounded; its diagonal counts as 1, in the mean that damping is a share of too, as in the released
+  code.  A hessian that is a multiple of the identity gives `quantizer(w)`.
 
   Raises ValueError, calling the weight `name`, where the group does not divide the inputs, the shapes do not fit, or
   the Hessian is not finite or not positive definite.

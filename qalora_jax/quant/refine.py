@@ -22,7 +22,7 @@ def refine(q: qtensor.QTensor, w, hessian, damping: float = 0.01) -> qtensor.QTe
   that end, and is merged as one.  Codes without an offset (symmetric ones, NF4, FP4) get one, in float32; a float16
   offset stays float16, and the promise then holds but for its rounding.  Offsets are no longer multiples of the
   scale: a format with integer zero-points cannot hold them.  Codes and scales stay, and so does everything where
-  the Hessian is 0.
+  the Hessian is 0.  With damping = 0 the pooled Hessian has to be positive definite; offsets are NaN where it is not.
   """
   pooled, half = pool(hessian.astype(jnp.float32), q.group)
   mean = jnp.diagonal(pooled).mean()
