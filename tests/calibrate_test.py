@@ -43,7 +43,12 @@ def run(directory, tmp_path):
   def call(scheme, samples=SAMPLES, **more):
     if not isinstance(scheme, linear.Scheme):
       scheme = linear.Scheme(quantizers=(('all', scheme),))
-    defaults = dict(mesh=sharding.make_mesh(data=1, devices=jax.devices()[:1]), batch=4, partial=tmp_path / 'partial', settings={'a': 1})
+    defaults = dict(
+      mesh=sharding.make_mesh(data=1, devices=jax.devices()[:1]),
+      batch=4,
+      partial=tmp_path / 'partial',
+      settings={'a': 1},
+    )
     return calibrate.quantize(hf.Source(directory, CONFIG), CONFIG, scheme, samples, **defaults | more)
 
   return call

@@ -9,9 +9,10 @@ import pytest
 from qalora_jax import cli
 from qalora_jax import config as config_lib
 from qalora_jax import limits
+from qalora_jax import rules
 
 BASE = str(config_lib.ROOT / 'configs' / 'base.py')
-DATASETS = ('data.train', 'data.validation', 'evaluate.text', 'evaluate.choices')
+DATASETS = ('data.train', 'data.validation', 'evaluate.text', 'evaluate.choices', 'calibration.text')
 
 
 def parse(*argv, verb='train', extra_flags=()):
@@ -62,7 +63,10 @@ def test_a_process_may_parse_many_times(tmp_path):
     ('--config.rank=4', 'did you mean adapter.rank?'),
     ('--config.adapter.rank=four', 'config.adapter.rank=four'),
     ('--config.adapter.rank=1.5', 'config.adapter.rank=1.5'),
-    ('--config.base.method=afine', "base.method = 'afine': must be one of 'stored', 'affine'; did you mean 'affine'?"),
+    (
+      '--config.base.method=afine',
+      "base.method = 'afine': must be one of 'stored', 'affine', 'gptq', 'nf4', 'fp4', 'qat'; did you mean 'affine'?",
+    ),
     ('--config.base.bits=5', 'base.bits = 5: must be one of 8, 4, 3, 2'),
     ('--config.data.train.format=jsonline', "did you mean 'jsonl'?"),
     ('--config.adapter={"rank": 3}', "key 'adapter.alpha' is missing"),
@@ -108,8 +112,57 @@ def test_a_value_that_cannot_be_is_refused(key, value):
     config_lib.check(config)
 
 
+@pytest.mark.parametrize(
+  'values, said',
+  [
+    (dict(base__method='nf4', base__bits=3), "base.bits = 3: base.method = 'nf4' has 4 bits"),
+    (dict(base__double=True), 'base.double = True: only the scales'),
+    (dict(base__method='nf4', base__double=True, base__scale_dtype='float16'), 'those scales are in 8 bits'),
+    (dict(base__method='gptq'), "base.method = 'gptq' looks at activations: name some text in calibration.text.path"),
+    (dict(base__refine=True), 'base.refine = True looks at activations'),
+    (dict(base__budget=4.0), 'base.budget = 4.0 looks at activations'),
+    (dict(adapter__init='calibrated'), "adapter.init = 'calibrated' looks at activations"),
+    (dict(adapter__init='pissa', adapter__kind='none'), "adapter.kind = 'none' has no A and B"),
+    (dict(base__method='gptq', base__gptq__act_order=True), 'needs base.gptq.static_groups = True'),
+    (
+      dict(base__method='gptq', base__gptq__stale_groups=True, base__gptq__static_groups=True),
+      'static groups are never stale',
+    ),
+    (dict(base__method='qat'), "set adapter.kind = 'full', not 'qalora'"),
+    (dict(base__method='qat', adapter__kind='full', base__refine=True), "'qat' trains its weights instead"),
+    (dict(base__method='nf4', base__budget=4.0), "bits are chosen for base.method = 'affine' or 'gptq', not 'nf4'"),
+    (dict(base__budget=4.0, base__rules='down: bits=4'), 'base.bits is chosen by base.budget = 4.0'),
+    (dict(base__rules='down_proj'), "'down_proj' is not of the form `PATTERN: key=value"),
+    (dict(base__rules='(: bits=4'), "base.rules: '(' is not a regular expression"),
+    (dict(base__rules='down: bit=4'), "'bit=4' in 'down: bit=4': write KEY=VALUE with KEY one of"),
+    (dict(base__rules='down: bits=four'), "bits='four' in 'down: bits=four' must be int"),
+    (dict(base__rules='down: symmetric=maybe'), "symmetric='maybe' in 'down: symmetric=maybe' must be bool"),
+    (dict(base__rules='down: bits=5'), "base.rules, 'down': base.bits = 5: must be one of 8, 4, 3, 2"),
+    (dict(base__rules='down: group=0'), "base.rules, 'down': base.group = 0: must be -1 or at least 1"),
+    (dict(base__rules='down: method=qat'), "base.rules, 'down': base.method = 'qat': must be one of 'affine'"),
+    (dict(base__rules='down: targets=all'), "'targets=all' in 'down: targets=all': write KEY=VALUE"),
+    (dict(base__method='stored', base__rules='down: bits=4'), 'base.rules has nothing to act on'),
+  ],
+)
+def test_what_does_not_go_together_in_a_base_is_said(values, said):
+  with pytest.raises(ValueError) as raised:
+    config_lib.check(changed(**{'base__method': 'affine'} | values))
+  assert said in str(raised.value)
+
+
+def test_rules_are_read_in_order_with_the_types_of_the_base():
+  flat = rules.flatten(config_lib.default().base)
+  down = 'down_proj: method=gptq, group=64, gptq.damping=0.1, symmetric=true'
+  assert rules.parse(f'layers/(?:0|4)/: bits=8 ; {down}; o_proj: method=dense;', flat) == (
+    ('layers/(?:0|4)/', {'bits': 8}),
+    ('down_proj', {'method': 'gptq', 'group': 64, 'gptq.damping': 0.1, 'symmetric': True}),
+    ('o_proj', {'method': 'dense'}),
+  )
+  assert rules.parse('', flat) == ()
+
+
 def test_every_knob_is_limited_or_free():
-  free = {'model.source', 'model.revision', 'model.tokenizer', 'base.targets', 'adapter.targets'}
+  free = {'model.source', 'model.revision', 'model.tokenizer', 'base.targets', 'base.rules', 'adapter.targets'}
   free |= {f'{name}.{key}' for name in DATASETS for key in ('path', 'separator', 'start', 'stop')}
   values = leaves(config_lib.default())
   free |= {key for key, value in values.items() if isinstance(value, bool)}

@@ -86,9 +86,11 @@ class Affine(quantizer.Quantizer):
     scale = scale.astype(jnp.float32)
     step = jnp.where(scale == 0, 1.0, scale)
     shift = 0.0 if offset is None else offset.astype(jnp.float32)
-    whole = self.zero == 'integer'
-    # As GPTQ rounds, ties included: the weight first, then the whole number of steps.
-    levels = jnp.round(w / step) - jnp.round(shift / step) if whole else jnp.round((w - shift) / step)
+    if self.zero == 'integer':
+      # As GPTQ rounds, ties included: the weight first, then the whole number of steps.
+      levels = jnp.round(quantizer.divide(w, step)) - jnp.round(quantizer.divide(shift, step))
+    else:
+      levels = jnp.round(quantizer.divide(w - shift, step))
     levels = jnp.where(scale == 0, 0.0, levels)
     return jnp.clip(levels, -self._half, self._half - 1).astype(jnp.int32)
 
@@ -109,10 +111,10 @@ class Affine(quantizer.Quantizer):
     """Scale and offset of ranges from `low` to `high`."""
     if self.symmetric:
       largest = jnp.where(high > -low, high, low)
-      scale = jnp.abs(largest) / (self._half - 0.5) if self.zero == 'integer' else largest / -self._half
+      scale = quantizer.divide(jnp.abs(largest), self._half - 0.5) if self.zero == 'integer' else largest / -self._half
       return quantizer.stored_scale(scale, self.scale_dtype), None
     # What the codes are fitted to is what is stored.
-    scale = quantizer.stored_scale((high - low) / (2 * self._half - 1), self.scale_dtype)
+    scale = quantizer.stored_scale(quantizer.divide(high - low, 2 * self._half - 1), self.scale_dtype)
     wide = scale.astype(jnp.float32)
     if self.zero == 'real':
       return scale, quantizer.stored_offset(low + self._half * wide, self.scale_dtype)

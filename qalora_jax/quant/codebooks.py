@@ -26,7 +26,7 @@ NF4 = np.array(
   ],
   np.float32,
 )
-# E2M1 over 12: bit 3 is the sign, and the order of the others is that of the bits, not of the values.
+# E2M1 over 12, but with 1/16 where E2M1 has 1.  Bit 3 is the sign; the order is that of the bits, not of the values.
 FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12)
 
 # {QTensor.levels: the level of every code}.

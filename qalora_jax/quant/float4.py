@@ -18,8 +18,9 @@ class Float4(quantizer.Quantizer):
 
       scale = max|w| of the block     codes = nearest(w / scale)     dense = table[codes] * scale
 
-  kind: 'nf4' or 'fp4' (E2M1).  `double`: the scales in 8 bits (`double.compress`): at blocks of 64 on large matrices
-  4.127 bits per weight instead of 4.5.  There is no offset, until QA-LoRA or a refinement adds one.
+  kind: 'nf4' or 'fp4'; on Gaussian weights NF4 errs less than symmetric integers in as many bits, FP4 more.  `double`:
+  the scales in 8 bits (`double.compress`): at blocks of 64 on large matrices 4.127 bits per weight instead of 4.5.
+  There is no offset, until QA-LoRA or a refinement adds one.
 
   On a CPU, codes, scales and dense values are those of bitsandbytes' torch code (`backends/default`) to the last bit.
   It cuts blocks from the flattened [outputs, inputs] matrix: the same ones where the block divides the inputs, as is

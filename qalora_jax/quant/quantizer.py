@@ -27,6 +27,15 @@ def stored_offset(offset, dtype: str) -> jax.Array:
   return jnp.clip(offset, limits.min, limits.max).astype(dtype)
 
 
+def divide(values, divisor) -> jax.Array:
+  """values / divisor, as a division.
+
+  Left to itself XLA multiplies by the rounded reciprocal of a divisor that it sees to be constant or broadcast, which
+  near a tie gives another code than the same expression column by column, or another program.
+  """
+  return values / jnp.where(jnp.isnan(values), 1.0, divisor)
+
+
 def spread(constants) -> jax.Array | None:
   """Scales or offsets [..., O] (None: none) as they broadcast against their groups [..., G, O]."""
   return None if constants is None else constants[..., None, :]
