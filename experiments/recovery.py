@@ -12,6 +12,8 @@ writes runs/recovery and experiments/results/recovery.{json,md,png}.  --render o
 Read it by column: within a domain and bit width all merged rows are models of one size.
 """
 
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -88,45 +90,49 @@ def train(domain: str, name: str, source: pathlib.Path, flags: list[str]) -> pat
   return stages.trained(workdir, babyllama.CONFIG, *babyllama.domain_flags(domain), *where, window, *flags)
 
 
-def measure(domain: str) -> list[dict]:
-  """All rows of one domain."""
+def add(rows: list[dict], domain: str, method: str, bits: int, model: pathlib.Path, seed=None, rate=None) -> None:
+  """Scores a model and appends its row."""
+  workdir = RUNS / domain / 'scores' / f'{method}-{bits}-{seed}'.replace(' ', '_').replace(',', '')
+  got = stages.scored(workdir, babyllama.CONFIG, *babyllama.domain_flags(domain), f'--model={model}')
+  rows.append({
+    'domain': domain, 'method': method, 'bits': bits, 'bits_per_weight': got['bits_per_weight'], 'seed': seed,
+    'learning_rate': rate, 'nats_per_token': got['nats_per_token'], 'perplexity': got['perplexity'],
+  })  # fmt: skip
+
+
+def measure_rivals(domain: str) -> list[dict]:
+  """The bases without training, and QLoRA."""
   rows = []
-
-  def add(method, bits, model, seed=None, rate=None):
-    workdir = RUNS / domain / 'scores' / f'{method}-{bits}-{seed}'.replace(' ', '_').replace(',', '')
-    got = stages.scored(workdir, babyllama.CONFIG, *babyllama.domain_flags(domain), f'--model={model}')
-    rows.append({
-      'domain': domain, 'method': method, 'bits': bits, 'bits_per_weight': got['bits_per_weight'], 'seed': seed,
-      'learning_rate': rate, 'nats_per_token': got['nats_per_token'], 'perplexity': got['perplexity'],
-    })  # fmt: skip
-
   for bits in BITS:
-    add('base, RTN', bits, quantized(domain, f'rtn-{bits}', None, bits, **RTN))
-    add('base, GPTQ', bits, base(domain, 'QA-LoRA', bits))
-    add('base, GPTQ + refine', bits, base(domain, 'QA-LoRA, refined base', bits))
+    add(rows, domain, 'base, RTN', bits, quantized(domain, f'rtn-{bits}', None, bits, **RTN))
+    add(rows, domain, 'base, GPTQ', bits, base(domain, 'QA-LoRA', bits))
+    add(rows, domain, 'base, GPTQ + refine', bits, base(domain, 'QA-LoRA, refined base', bits))
   nf4 = quantized(
-    domain, 'nf4', None, 4, base__method='nf4', base__double=True, base__group=64,
-    base__rules='down_proj: group=32',
-  )  # fmt: skip
-  add('base, NF4 + DQ', 4, nf4)
-  rate = RATES[domain]
+    domain, 'nf4', None, 4, base__method='nf4', base__double=True, base__group=64, base__rules='down_proj: group=32'
+  )
+  add(rows, domain, 'base, NF4 + DQ', 4, nf4)
+  rate = RATES[domain]['lora']
   for seed in SEEDS:
-    flags = adapter_flags('lora', rate['lora'], seed)
-    qlora = train(domain, f'qlora-seed{seed}', nf4, flags)
-    add('QLoRA (NF4 + DQ, LoRA beside it)', 4, qlora, seed, rate['lora'])
+    qlora = train(domain, f'qlora-seed{seed}', nf4, adapter_flags('lora', rate, seed))
+    add(rows, domain, 'QLoRA (NF4 + DQ, LoRA beside it)', 4, qlora, seed, rate)
     dense = stages.exported(qlora, 'hf')
     for bits in BITS:
       for name, method in (('RTN', RTN), ('GPTQ', GPTQ), ('GPTQ + refine', GPTQ | dict(base__refine=True))):
         again = quantized(domain, f'qlora-seed{seed}-{name}-{bits}', dense, bits, **method)
-        add(f'QLoRA, merged, {name}', bits, again, seed, rate['lora'])
-    for bits in BITS:
-      for method, settings in BEGINNINGS.items():
-        init = {key: value for key, value in settings.items() if key == 'adapter__init'}
-        flags = adapter_flags('qalora', rate['qalora'], seed, **init)
-        run = train(domain, f'{method}-{bits}-seed{seed}', base(domain, method, bits), flags)
-        add(f'{method}, merged', bits, stages.exported(run, 'qalora'), seed, rate['qalora'])
-        if method == 'QA-LoRA' and seed == 0:
-          add('QA-LoRA, not merged', bits, run, seed, rate['qalora'])
+        add(rows, domain, f'QLoRA, merged, {name}', bits, again, seed, rate)
+  return rows
+
+
+def measure_qalora(domain: str, methods) -> list[dict]:
+  """QA-LoRA from each of these beginnings, merged."""
+  rows, rate = [], RATES[domain]['qalora']
+  for seed, bits, method in itertools.product(SEEDS, BITS, methods):
+    init = {key: value for key, value in BEGINNINGS[method].items() if key == 'adapter__init'}
+    flags = adapter_flags('qalora', rate, seed, **init)
+    run = train(domain, f'{method}-{bits}-seed{seed}', base(domain, method, bits), flags)
+    add(rows, domain, f'{method}, merged', bits, stages.exported(run, 'qalora'), seed, rate)
+    if method == 'QA-LoRA' and seed == 0:
+      add(rows, domain, 'QA-LoRA, not merged', bits, run, seed, rate)
   return rows
 
 
@@ -180,13 +186,20 @@ def main() -> None:
   words = sys.argv[1:]
   if '--render' not in words:
     stages.remember_compilations(RUNS / 'compiled')
-    rows = [row for domain in words or babyllama.DOMAINS for row in measure(domain)]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     settings = {
       'steps': babyllama.STEPS, 'batch': babyllama.BATCH, 'windows': babyllama.WINDOWS, 'rank': babyllama.RANK,
       'alpha': babyllama.ALPHA, 'rates': RATES, 'calibration windows': WINDOWS,
     }  # fmt: skip
-    report.write(RESULTS.with_suffix('.json'), report.document('python -m experiments.recovery', rows, **settings))
+    rows, domains = [], words or list(babyllama.DOMAINS)
+    parts = [functools.partial(measure_rivals, domain) for domain in domains]
+    # What decides the question first.
+    for methods in (('QA-LoRA', 'QA-LoRA, calibrated'), ('QA-LoRA, refined base', 'QA-LoRA, pissa', 'QA-LoRA, loftq')):
+      parts += [functools.partial(measure_qalora, domain, methods) for domain in domains]
+    for part in parts:
+      rows += part()
+      # What is measured so far can be rendered should the rest be cut off.
+      report.write(RESULTS.with_suffix('.json'), report.document('python -m experiments.recovery', rows, **settings))
   render()
 
 

@@ -131,7 +131,8 @@ def _plot(result: calibrate.Result, workdir: pathlib.Path) -> None:
     if quant.is_quantized(leaf):
       name = jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/kernel')
       named.append((name.removeprefix(f'{linear.STACK}/'), leaf))
-  inspection.plot_codes(named, workdir / CODES)
+  if named:
+    inspection.plot_codes(named, workdir / CODES)
 
 
 def _inspect(config, workdir, rows: list[dict], command: str) -> None:
