@@ -3,7 +3,9 @@
 Sources: QA-LoRA (Xu et al., 2023), section 4.1, and its released code for what the paper leaves out (rank,
 alpha, dropout, lengths).  Differences from the released code, on purpose:
   the adapter pools with a sum (Algorithm 1) and learns at the paper's rate; the code averages and defaults to 2e-4;
-  data order and adapter are drawn from config.seed.
+  data order and adapter are drawn from config.seed;
+  offsets are real numbers (base.zero = 'integer' gives GPTQ's own), and groups are fitted to up-to-date weights
+  (base.gptq.stale_groups = True gives those of the released GPTQ).
 
 One device, as in the paper.  On N devices set train.accumulation = 16 / N, so that each gets whole rows.
 """
@@ -50,7 +52,7 @@ def architecture(model):
 
 
 def finetune(model, kind):
-  """One of MODELS on Alpaca, 10,000 steps of 16 samples; kind: 'qalora', 'lora' or 'full'."""
+  """One of MODELS on Alpaca, 10,000 steps of 16 samples; kind: 'qalora', 'qlora', 'lora' or 'full'."""
   config = base.get_config()
   config.model.source = _SOURCES[model]
   config.model.architecture.update(architecture(model))
@@ -58,15 +60,28 @@ def finetune(model, kind):
   config.model.frozen_dtype = 'bfloat16'
   config.model.remat = 'full'
   _alpaca(config)
-  # LoRA keeps the dense base; the paper's baseline QLoRA stores it as NF4, with the same adapter.
-  config.base.update(method='affine' if kind == 'qalora' else 'stored', bits=4, group=32)
-  config.adapter.update(kind=kind, rank=64, alpha=16.0, dropout=0.0, pool='sum')
+  if kind == 'qalora':
+    _gptq(config)
+  if kind == 'qlora':
+    # The paper's baseline: the same adapter beside NF4 with double quantization (Dettmers et al., 2023).
+    config.base.update(method='nf4', group=64, double=True)
+  config.adapter.update(kind='lora' if kind == 'qlora' else kind, rank=64, alpha=16.0, dropout=0.0, pool='sum')
   config.train.update(steps=10_000, batch=16, accumulation=16)
   config.optim.update(schedule='constant', clip=0.3, beta1=0.9, beta2=0.999, weight_decay=0.0)
   config.optim.learning_rate = 1e-5 if model in ('llama_33b', 'llama_65b') else 2e-5
   if kind == 'full':
     _full(config, model)
   return config
+
+
+def _gptq(config):
+  # Section 4.1: GPTQ, asymmetric, groups of 32, no act-order, true sequential; the rest is its code's default.
+  config.base.update(method='gptq', bits=4, group=32, symmetric=False)
+  config.base.gptq.update(damping=0.01, block=128, act_order=False)
+  config.calibration.update(samples=128, length=2048, true_sequential=True)
+  # Documents enough for 128 windows; the whole shard would take minutes to tokenize.
+  c4 = 'hf://datasets/allenai/c4/en/c4-train.00000-of-01024.json.gz'
+  config.calibration.text.update(path=c4, format='jsonl', stop=3000)
 
 
 def _alpaca(config):

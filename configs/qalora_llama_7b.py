@@ -1,7 +1,7 @@
-"""QA-LoRA, 4 bits in groups of 32, rank 64: LLaMA-7B on Alpaca.
+"""QA-LoRA, rank 64, on GPTQ in 4 bits and groups of 32: LLaMA-7B on Alpaca.
 
 qalora train --config=configs/qalora_llama_7b.py --workdir=runs/qalora_llama_7b
-Reads ./alpaca_data.json, or --config.data.train.path=FILE.
+Reads ./alpaca_data.json, or --config.data.train.path=FILE; calibrates on C4, or --config.calibration.text.path=FILE.
 
 Devices and hours: unknown.  Expected: not yet run.
 """

@@ -68,9 +68,10 @@ def adapter_flags(kind: str, rate: float, seed: int, **more) -> list[str]:
 
 def quantized(domain: str, name: str, source, bits: int, **settings) -> pathlib.Path:
   """A dense directory (None: the checkpoint) quantized to `bits`, in groups of 32 unless `settings` say otherwise."""
+  text = [] if settings == RTN else calibration_flags(domain)
   said = stages.flags(base__bits=bits, **({'model__source': source} if source else {}), **settings)
   place = RUNS / domain / name.replace(' ', '_').replace(',', '')
-  return stages.quantized(place, babyllama.CONFIG, *calibration_flags(domain), '--config.evaluate.text.path=', *said)
+  return stages.quantized(place, babyllama.CONFIG, *text, '--config.evaluate.text.path=', *said)
 
 
 def base(domain: str, method: str, bits: int) -> pathlib.Path:
@@ -115,11 +116,22 @@ def measure_rivals(domain: str) -> list[dict]:
   for seed in SEEDS:
     qlora = train(domain, f'qlora-seed{seed}', nf4, adapter_flags('lora', rate, seed))
     add(rows, domain, 'QLoRA (NF4 + DQ, LoRA beside it)', 4, qlora, seed, rate)
-    dense = stages.exported(qlora, 'hf')
-    for bits in BITS:
-      for name, method in (('RTN', RTN), ('GPTQ', GPTQ), ('GPTQ + refine', GPTQ | dict(base__refine=True))):
-        again = quantized(domain, f'qlora-seed{seed}-{name}-{bits}', dense, bits, **method)
-        add(rows, domain, f'QLoRA, merged, {name}', bits, again, seed, rate)
+    rows += again(domain, qlora, seed, {'RTN': RTN, 'GPTQ': GPTQ})
+  return rows
+
+
+def measure_refined_rival(domain: str) -> list[dict]:
+  """QLoRA, merged and quantized by GPTQ with refined offsets."""
+  refined = {'GPTQ + refine': GPTQ | dict(base__refine=True)}
+  return [row for seed in SEEDS for row in again(domain, RUNS / domain / f'qlora-seed{seed}', seed, refined)]
+
+
+def again(domain: str, qlora: pathlib.Path, seed: int, methods: dict[str, dict]) -> list[dict]:
+  """QLoRA merged into a dense model, and that quantized by each of `methods`."""
+  rows, dense = [], stages.exported(qlora, 'hf')
+  for bits, (name, method) in itertools.product(BITS, methods.items()):
+    made = quantized(domain, f'qlora-seed{seed}-{name}-{bits}', dense, bits, **method)
+    add(rows, domain, f'QLoRA, merged, {name}', bits, made, seed, RATES[domain]['lora'])
   return rows
 
 
@@ -194,8 +206,10 @@ def main() -> None:
     rows, domains = [], words or list(babyllama.DOMAINS)
     parts = [functools.partial(measure_rivals, domain) for domain in domains]
     # What decides the question first.
-    for methods in (('QA-LoRA', 'QA-LoRA, calibrated'), ('QA-LoRA, refined base', 'QA-LoRA, pissa', 'QA-LoRA, loftq')):
-      parts += [functools.partial(measure_qalora, domain, methods) for domain in domains]
+    parts += [functools.partial(measure_qalora, domain, ('QA-LoRA', 'QA-LoRA, calibrated')) for domain in domains]
+    others = ('QA-LoRA, refined base', 'QA-LoRA, loftq', 'QA-LoRA, pissa')
+    parts += [functools.partial(measure_qalora, domain, others) for domain in domains]
+    parts += [functools.partial(measure_refined_rival, domain) for domain in domains]
     for part in parts:
       rows += part()
       # What is measured so far can be rendered should the rest be cut off.

@@ -36,7 +36,7 @@ def test_a_recipe_is_short_and_says_what_to_expect(path):
 
 
 def test_the_paper_has_its_recipes():
-  kinds = ('qalora', 'lora', 'full')
+  kinds = ('qalora', 'qlora', 'lora', 'full')
   assert {path.stem for path in PAPER} == {f'{kind}_{model}' for kind in kinds for model in llama.MODELS}
 
 
@@ -46,14 +46,15 @@ def test_settings_of_the_paper(path):
   config = config_lib.recipe(path)
   kind, _, model = path.stem.partition('_')
   large = model in ('llama_33b', 'llama_65b')
-  assert config.adapter.kind == kind
+  assert config.adapter.kind == {'qlora': 'lora'}.get(kind, kind)
   assert (config.adapter.rank, config.adapter.alpha, config.adapter.dropout) == (64, 16.0, 0.0)
   assert (config.adapter.pool, config.adapter.targets) == ('sum', 'all')
-  assert (config.base.method, config.base.bits, config.base.group) == (
-    'affine' if kind == 'qalora' else 'stored',
-    4,
-    32,
-  )
+  bases = {'qalora': ('gptq', 4, 32, False), 'qlora': ('nf4', 4, 64, True)}
+  base = (config.base.method, config.base.bits, config.base.group, config.base.double)
+  assert base == bases.get(kind, ('stored', 4, 32, False))
+  if kind == 'qalora':
+    assert not (config.base.symmetric or config.base.gptq.act_order) and config.calibration.true_sequential
+    assert (config.base.gptq.damping, config.calibration.samples, config.calibration.length) == (0.01, 128, 2048)
   assert (config.train.steps, config.train.batch) == (10_000, 16)
   assert (config.optim.schedule, config.optim.clip, config.optim.weight_decay) == ('constant', 0.3, 0.0)
   assert (config.data.max_prompt, config.data.max_completion, config.data.packing) == (1024, 256, False)
@@ -86,7 +87,7 @@ def test_shapes_give_the_parameters_of_table_2(model, qalora, lora):
 
 @TABLE_2
 def test_recipes_build_the_parameters_of_table_2(model, qalora, lora):
-  for kind, expected in (('qalora', qalora), ('lora', lora)):
+  for kind, expected in (('qalora', qalora), ('qlora', lora), ('lora', lora)):
     shapes = build.abstract_setup(config_lib.recipe(FOLDER / f'{kind}_{model}.py')).shapes
     assert adapters.count(shapes['params']) == expected
 
@@ -102,7 +103,7 @@ def test_a_recipe_with_an_architecture_builds_an_abstract_state(path):
   state = jax.eval_shape(functools.partial(step.init_state, tx), shapes['params'])
   # Two moments for every trained number, and the counts.
   assert adapters.count(state.opt_state) == 2 * adapters.count(state.params) + 2
-  assert bool(quant.matrices(shapes['frozen'])) == (config.base.method == 'affine')
+  assert bool(quant.matrices(shapes['frozen'])) == (config.base.method != 'stored')
 
 
 @pytest.mark.parametrize(
