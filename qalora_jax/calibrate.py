@@ -135,15 +135,16 @@ def quantize(
   Raises ValueError for what no quantizer can do, naming the weight.
   """
   source.check()
+  if budget:
+    _check_budget(source, config, scheme, budget)
   _claim(partial, settings)
   others = {path: source.read(path, name) for path, name in _others(config)}
   others = {path: leaf.astype(scheme.frozen_dtype) for path, leaf in others.items()}
   activations = lambda: Activations(config, others['embedding'], samples_NT, batch, mesh)
   if budget:
-    _check_budget(source, config, scheme, budget)
     chosen = choose_bits(source, config, scheme, activations(), budget, partial, progress)
     quantizers = tuple((_EXACTLY.format(name), method) for name, method in chosen.items())
-    scheme = dataclasses.replace(scheme, quantizers=quantizers)
+    scheme = dataclasses.replace(scheme, quantizers=(*quantizers, *scheme.quantizers))
   running = None if samples_NT is None else activations()
   layers, rows = [], []
   for layer in range(config.num_hidden_layers):
@@ -151,7 +152,9 @@ def quantize(
     if file.is_file():
       made, found = _restore(file, scheme, source.shapes, layer, beginning)
       if running is not None:
-        running.advance(_dense(made))
+        # In the same steps as when it was made, so that it rounds alike.
+        for part in llama.SEQUENCE if true_sequential else (_WHOLE,):
+          running.advance(_dense(made), part)
     else:
       made, found = _layer(source, scheme, layer, running, mesh, true_sequential, beginning)
       _keep(file, made, found)
@@ -270,7 +273,8 @@ def _layer(source, scheme, layer, running, mesh, true_sequential, beginning) -> 
   """
   dense = _read_layer(source, layer)
   # What later matrices and blocks see of each weight: what the model will compute with when training begins.
-  seen, frozen, params, rows = dict(dense), {}, {}, []
+  seen = {path: leaf.astype(scheme.frozen_dtype) for path, leaf in dense.items()}
+  frozen, params, rows = {}, {}, []
   hessians = {}
   if running is not None and not true_sequential:
     hessians = running.hessians(_block(seen), [alike[0] for alike in _STEPS])
@@ -296,7 +300,7 @@ def _layer(source, scheme, layer, running, mesh, true_sequential, beginning) -> 
       running.advance(_block(seen), part)
   if running is not None and not true_sequential:
     running.advance(_block(seen))
-  frozen |= {path: leaf.astype(scheme.frozen_dtype) for path, leaf in dense.items() if path not in frozen}
+  frozen |= {path: leaf for path, leaf in seen.items() if path not in frozen}
   return {'frozen': jax.device_get(frozen), 'params': jax.device_get(params)}, rows
 
 
@@ -317,7 +321,7 @@ def _row(name: str, q, seen, w, hessian) -> dict:
     'levels': q.levels if stored else 'dense',
     'bits': q.bits if stored else None,
     'group': q.group if stored else None,
-    'bits_per_weight': qtensor.bits_per_weight(q) if stored else 32.0,
+    'bits_per_weight': qtensor.bits_per_weight(q) if stored else 8.0 * q.dtype.itemsize,
     'weight_error': float(errors.weight_error(seen, w)),
   }
   if hessian is not None:
@@ -361,9 +365,10 @@ def _stack(layers: list[dict], starts: list[int], config, collection: str) -> di
 
 
 def _claim(partial: pathlib.Path, settings: dict) -> None:
-  """Makes the directory of finished layers, or takes up one of equal settings."""
+  """Makes the directory of finished layers, or takes up one of equal settings or without any."""
   file = partial / _SETTINGS
-  if file.is_file() and tensors.read_json(file) != json.loads(json.dumps(settings)):
+  begun = any(partial.glob('layer-*')) or (partial / _CHOSEN).is_file()
+  if begun and file.is_file() and tensors.read_json(file) != json.loads(json.dumps(settings)):
     raise ValueError(
       f'{partial} holds an unfinished quantization of other settings; remove it to begin anew, or write to another '
       'directory.'

@@ -137,11 +137,10 @@ def test_gptq_beats_rounding_on_every_output(run, tmp_path):
   assert jax.tree.structure(better.frozen) == jax.tree.structure(rounded.frozen)
 
 
-@pytest.mark.parametrize('sizes', [dict(data=8), dict(data=2, fsdp=2, tensor=2)])
-def test_a_mesh_changes_nothing(run, tmp_path, sizes):
+def test_a_mesh_changes_nothing(run, tmp_path):
   """Six samples on eight devices: the filled rows carry no weight, and columns quantized apart are the same codes."""
   alone = run(GPTQ, mesh=sharding.make_mesh(data=1, devices=jax.devices()[:1]), batch=6)
-  meshed = run(GPTQ, mesh=sharding.make_mesh(**sizes), partial=tmp_path / 'meshed')
+  meshed = run(GPTQ, mesh=sharding.make_mesh(data=2, fsdp=2, tensor=2), partial=tmp_path / 'meshed')
   same = total = 0
   for (_, one), (_, other) in zip(leaves(alone.frozen), leaves(meshed.frozen), strict=True):
     if isinstance(one, qtensor.QTensor):
@@ -201,11 +200,11 @@ def test_neighbours_that_agree_share_a_stack(run, tmp_path):
   np.testing.assert_allclose(got, want, rtol=0, atol=3 * 7 * 40 * EPS * float(jnp.abs(want).max()))
 
 
-@pytest.mark.parametrize('budget', [7.5, 8.0, 10.0])
+@pytest.mark.parametrize('budget', [8.0, 10.0])
 def test_a_budget_is_kept_and_spent_where_it_helps(run, tmp_path, budget):
   """At most `budget` bits a weight, and no more lost than by any uniform width that fits in it."""
-  made = {bits: affine.Affine(bits, 8, scale_dtype='float16') for bits in (8, 4, 3, 2)}
-  chosen = run(method.Method(made[4]), budget=budget)
+  made = {bits: method.Method(affine.Affine(bits, 8, scale_dtype='float16')) for bits in (8, 4, 3, 2)}
+  chosen = run(made[4], budget=budget)
   assert spent(leaf for _, leaf in leaves(chosen.frozen)) <= budget
   picked = json.loads((tmp_path / 'partial' / 'chosen.json').read_text())
   assert len(picked) == 21
