@@ -99,6 +99,7 @@ def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
 def _setup(config, directory, model_config: llama.ModelConfig, stored: dict | None) -> Setup:
   model = llama.Llama(model_config, scheme(config, directory, stored))
   _check_targets(config, model, directory)
+  _check_adapted(config, model)
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   abstract = {'frozen': {}, 'params': {}, **jax.eval_shape(model.init, jax.random.key(0), tokens)}
   return Setup(directory, model, abstract)
@@ -150,17 +151,33 @@ def method(flat: dict) -> method_lib.Method | method_lib.QAT | None:
   return method_lib.Method(quantizer, options, flat['refine_damping'] if flat['refine'] else None)
 
 
-def is_calibrated(config: ml_collections.ConfigDict) -> bool:
+def needs_quantize(config: ml_collections.ConfigDict) -> bool:
   """Whether the config's base takes more than reading and rounding each weight: `qalora quantize` makes it."""
   needs = [getattr(method, 'calibrated', False) for _, method in quantizers(config.base)]
-  return any(needs) or bool(config.base.budget) or config.adapter.init != 'zero'
+  chooses = config.base.budget and config.base.method != 'stored'
+  return any(needs) or bool(chooses) or config.adapter.init != 'zero'
+
+
+def base_settings(config: ml_collections.ConfigDict) -> dict:
+  """All that decides what `qalora quantize` makes of the config."""
+  model = {key: config.model[key] for key in ('source', 'revision', 'dtype', 'frozen_dtype')}
+  parts = {key: config[key].to_dict() for key in ('base', 'calibration')}
+  return {'model': model, **parts, 'adapter': beginning(config), 'seed': config.seed}
 
 
 def prepared(config: ml_collections.ConfigDict, workdir) -> ml_collections.ConfigDict:
-  """The config with the base that `train` made in the workdir, if it did, in place of its source."""
+  """The config with the base that `train` made in the workdir, if it did, in place of its source.
+
+  Raises ValueError where that base was made otherwise than the config says.
+  """
   base = pathlib.Path(workdir) / BASE
-  if not (is_calibrated(config) and packed.is_packed(base)):
+  if not (needs_quantize(config) and packed.is_packed(base)):
     return config
+  # Through JSON, as the manifest went.
+  now, then = json.loads(json.dumps(base_settings(config))), packed.manifest(base)['provenance'].get('settings')
+  if now != then:
+    changed = config_lib.differences(then or {}, now)
+    raise ValueError(f'{base} was made otherwise: {"; ".join(changed)}. Remove it, or choose another --workdir.')
   config = config.copy_and_resolve_references()
   config.model.source = str(base)
   return config
@@ -171,10 +188,11 @@ def _check_stored(base, stored: dict, directory) -> None:
   if base.method == 'stored':
     return
   made = packed.manifest(directory)['provenance'].get('base')
-  found = sorted({(form.bits, form.group) for form in stored.values()})
-  same = base.to_dict() == made if made else found == [(base.bits, base.group)]
+  found = sorted({(form.bits, form.group, form.levels) for form in stored.values()})
+  levels = base.method if base.method in codebooks.CODEBOOKS else 'integer'
+  same = base.to_dict() == made if made else found == [(base.bits, base.group, levels)]
   if not same:
-    changed = config_lib.differences(made, base) if made else [f'(bits, group) = {found}']
+    changed = config_lib.differences(made, base) if made else [f'(bits, group, levels) = {found}']
     raise ValueError(
       f'{directory} is already quantized, otherwise than the config asks for: {"; ".join(changed)}. '
       'Set base.method = "stored" to take it as it is, or quantize a dense source.'
@@ -195,6 +213,23 @@ def _check_targets(config, model: llama.Llama, directory) -> None:
       raise ValueError(
         f'{key}: {pattern!r} selects no matrix; there are {shown}, N from 0 to {model.config.num_hidden_layers - 1}.'
       )
+
+
+def _check_adapted(config, model: llama.Llama) -> None:
+  """ValueError where an adapter would stand beside a dense weight that it cannot work with."""
+  scheme_, chosen = model.scheme, config.adapter
+  dense = [name for name in layout.weights(model.config) if scheme_.adapts(name) and scheme_.quantizer(name) is None]
+  if chosen.kind == 'qalora' and dense:
+    raise ValueError(
+      f'qalora needs quantized weights, and {dense[0]} is dense: set base.method = "affine" (or "gptq", or a quantized '
+      'model.source), keep adapter.targets within what base.targets and base.rules quantize, or use '
+      'adapter.kind = "lora".'
+    )
+  if chosen.init in ('loftq', 'calibrated') and dense:
+    raise ValueError(
+      f'adapter.init = {chosen.init!r} makes good what quantization lost, and {dense[0]} is dense: keep '
+      'adapter.targets within what base.targets and base.rules quantize, or set adapter.init = "pissa" or "zero".'
+    )
 
 
 def _patterns(base) -> list[tuple[str, bool]]:
@@ -250,13 +285,6 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
 def load_weights(built: Setup) -> dict:
   """The source's weights on the host, quantized as the scheme says while they are read."""
   config, scheme_ = built.model.config, built.model.scheme
-  if not packed.is_packed(built.directory) and any(
-    getattr(quantizer, 'calibrated', False) for _, quantizer in scheme_.quantizers
-  ):
-    raise ValueError(
-      f'{built.directory} is dense, and the base that the config asks for has to be calibrated first: run '
-      '`qalora quantize` with this config, then name its directory as model.source (or by --model).'
-    )
   with progress.bar('reading weights', config.num_hidden_layers) as bar:
     if packed.is_packed(built.directory):
       return packed.load(built.directory, config, scheme_, progress=bar.advance)
@@ -289,7 +317,8 @@ def variables(
     # The compiler drops the frozen weights that init would draw, so only the adapters are made.
     params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
   else:
-    begun = packed.load_adapter(built.directory, built.shapes['params'], begins)
+    packed.check_beginning(built.directory, begins)
+    begun = packed.load_adapter(built.directory, built.shapes['params'])
     params = jax.device_put(begun, at['params'])
   return {'frozen': jax.device_put(weights, at['frozen']), 'params': params}
 
@@ -347,13 +376,31 @@ def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
 
 
 def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
-  """An untrained model: the Hugging Face or quantized directory `name` (or hub id), quantized as the config says."""
+  """An untrained model: the Hugging Face or quantized directory `name` (or hub id), quantized as the config says.
+
+  Raises ValueError for a dense one where the config's base has to be made by `qalora quantize`.
+  """
   config = config.copy_and_resolve_references()
   config.model.source = name
   config.adapter.update(kind='none', init='zero')
+  if config.base.method == 'qat':
+    raise ValueError(
+      f'{name} is not trained yet, and base.method = "qat" is a way to train; use base.method = "affine".'
+    )
+  directory = hf.resolve(name, config.model.revision)
+  begins = None
+  if packed.is_packed(directory):
+    # With the adapter that makes good what the base lost, if it was quantized with one.
+    if begins := packed.manifest(directory).get('adapter'):
+      config.adapter.update(begins)
+  elif needs_quantize(config):
+    raise ValueError(
+      f'{name} is dense, and the base that the config asks for takes more than rounding: run `qalora quantize` with '
+      'this config, then name its directory as model.source (or by --model).'
+    )
   built = setup(config)
   mesh = make_mesh(config)
-  loaded = variables(built, mesh, config.seed, config.sharding.fallback)
+  loaded = variables(built, mesh, config.seed, config.sharding.fallback, begins=begins)
   tokenizer_from = tokenizer_directory(config, built.directory)
   return Loaded(built.model, loaded, tokenizer(config, built), tokenizer_from, {'source': name})
 

@@ -1,7 +1,9 @@
 """One pass over a model, block by block: calibration inputs in, quantized weights out.
 
-Memory holds one dense block and the activations of the samples before it; what is finished is on disk, and a pass that
-was cut short goes on after its last finished layer.  N samples, T tokens, D model, I inputs of a matrix.
+Memory holds one dense block and the activations of the samples before it, and what is quantized so far; that is on disk
+too, and a pass that was cut short goes on after its last finished layer.
+
+N samples, T tokens, D model, I inputs of a matrix.
 """
 
 from collections.abc import Callable
@@ -135,6 +137,8 @@ def quantize(
   Raises ValueError for what no quantizer can do, naming the weight.
   """
   source.check()
+  if samples_NT is None and any(getattr(method, 'calibrated', False) for _, method in scheme.quantizers):
+    raise ValueError('what GPTQ and refined offsets look at is missing: name some text in calibration.text.path.')
   if budget:
     _check_budget(source, config, scheme, budget)
   _claim(partial, settings)
@@ -232,6 +236,11 @@ def _with_bits(method: method_lib.Method, bits: int) -> method_lib.Method:
 
 def _check_budget(source: hf.Source, config, scheme, budget: float) -> None:
   """ValueError for a budget that no choice of bits can keep: what they cost follows from the shapes."""
+  if 'lm_head/kernel' in source.shapes and scheme.quantizer('lm_head') is not None:
+    raise ValueError(
+      'base.budget chooses bits for the projections of the blocks alone: leave lm_head out of base.targets and '
+      'base.rules, or set base.budget = 0.'
+    )
   candidates = []
   for name, widths in _widths(config, scheme).items():
     w = jax.ShapeDtypeStruct(source.shapes[f'{linear.STACK}/{name.split("/", 2)[2]}/kernel'], jnp.float32)
@@ -290,8 +299,8 @@ def _layer(source, scheme, layer, running, mesh, true_sequential, beginning) -> 
           continue
         begun = time.monotonic()
         w = jax.device_put(dense[path], _columns(dense[path].shape, mesh))
-        q, node = _one(method, name, w, hessian, scheme.adapter, begins, layer * len(llama.MATRICES) + len(rows))
-        frozen[path] = q if isinstance(q, qtensor.QTensor) else q.astype(scheme.frozen_dtype)
+        q, node = _one(scheme, name, w, hessian, begins, layer * len(llama.MATRICES) + len(rows))
+        frozen[path] = q
         if node is not None:
           params[f'{matrix}/adapter'] = node
         seen[path] = _as_dense(q if node is None else node.merge(q))
@@ -304,13 +313,18 @@ def _layer(source, scheme, layer, running, mesh, true_sequential, beginning) -> 
   return {'frozen': jax.device_get(frozen), 'params': jax.device_get(params)}, rows
 
 
-def _one(method, name, w, hessian, adapter, begins: Beginning | None, index: int) -> tuple:
+def _one(scheme, name, w, hessian, begins: Beginning | None, index: int) -> tuple:
   """(frozen matrix, adapter that begins with its error or None)."""
+  method = scheme.quantizer(name)
   if begins is None:
     return method(w, name, hessian), None
   quantize = None if method is None else lambda w: method(w, name, hessian)
   key = jax.random.fold_in(jax.random.key(begins.seed), index)
-  return residual.initialize(begins.kind, adapter, w, quantize, hessian, iterations=begins.iterations, key=key)
+  q, node = residual.initialize(
+    begins.kind, scheme.adapter, w, quantize, hessian, iterations=begins.iterations, key=key
+  )
+  # A matrix that stays dense is stored, and so seen, in frozen_dtype.
+  return q if isinstance(q, qtensor.QTensor) else q.astype(scheme.frozen_dtype), node
 
 
 def _row(name: str, q, seen, w, hessian) -> dict:
@@ -368,13 +382,15 @@ def _claim(partial: pathlib.Path, settings: dict) -> None:
   """Makes the directory of finished layers, or takes up one of equal settings or without any."""
   file = partial / _SETTINGS
   begun = any(partial.glob('layer-*')) or (partial / _CHOSEN).is_file()
-  if begun and file.is_file() and tensors.read_json(file) != json.loads(json.dumps(settings)):
+  same = file.is_file() and tensors.read_json(file) == json.loads(json.dumps(settings))
+  if begun and not same:
     raise ValueError(
       f'{partial} holds an unfinished quantization of other settings; remove it to begin anew, or write to another '
       'directory.'
     )
   partial.mkdir(parents=True, exist_ok=True)
-  tensors.write_json(file, settings)
+  if not same:
+    tensors.write_json(file, settings)
 
 
 def _keep(file: pathlib.Path, made: dict, rows: list[dict]) -> None:

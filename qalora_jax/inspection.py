@@ -4,6 +4,7 @@ from collections.abc import Iterable
 import pathlib
 import re
 
+import jax
 import numpy as np
 
 from qalora_jax.quant import qtensor
@@ -52,8 +53,12 @@ def plot_codes(named: Iterable[tuple[str, qtensor.QTensor]], file: pathlib.Path)
 def histogram(q: qtensor.QTensor) -> tuple[np.ndarray, np.ndarray]:
   """Every code that `q` could hold, and the share of its weights that do."""
   lowest = -(2 ** (q.bits - 1)) if q.levels == 'integer' else 0
-  found = np.asarray(qtensor.codes(q)).ravel() - lowest
-  counts = np.bincount(found, minlength=2**q.bits)
+  counts = np.zeros(2**q.bits, np.int64)
+  # A layer at a time: as integers codes take many times their packed bytes.
+  layers = q.shape[0] if len(q.shape) == 3 else None
+  for at in (...,) if layers is None else range(layers):
+    one = jax.tree.map(lambda leaf, at=at: leaf[at], q)
+    counts += np.bincount(np.asarray(qtensor.codes(one)).ravel() - lowest, minlength=2**q.bits)
   return np.arange(2**q.bits) + lowest, counts / counts.sum()
 
 

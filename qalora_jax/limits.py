@@ -176,6 +176,25 @@ def _bad_method(base):
   return wrong
 
 
+def _looks_at_activations(values, base):
+  """(key, value) of all that needs calibration text; rules are looked at as far as they can be read."""
+  try:
+    parsed = rules.parse(base['rules'], base)
+  except ValueError:
+    parsed = ()
+  if base['method'] != 'stored':
+    for where, flat in (('', base), *((f' (rule {pattern!r})', base | chosen) for pattern, chosen in parsed)):
+      if flat['method'] == 'gptq':
+        yield f'base.method{where}', 'gptq'
+      if flat['refine'] and flat['method'] != 'dense':
+        yield f'base.refine{where}', True
+    # A source that is quantized already brings the adapter that it was calibrated with, under method 'stored'.
+    if values['adapter.init'] == 'calibrated':
+      yield 'adapter.init', 'calibrated'
+  if base['budget']:
+    yield 'base.budget', base['budget']
+
+
 def _bad_combinations(values, outside):
   wrong = []
   base = {key.removeprefix('base.'): value for key, value in values.items() if key.startswith('base.')}
@@ -202,11 +221,7 @@ def _bad_combinations(values, outside):
     )
   if values['adapter.init'] != 'zero' and kind not in ('lora', 'qalora'):
     wrong.append(f'adapter.init = {values["adapter.init"]!r}: adapter.kind = {kind!r} has no A and B to begin with')
-  # A quantized source brings its own adapter, with method 'stored'; which of the two it is shows when it is read.
-  needs = ["base.method = 'gptq'"] if method == 'gptq' else []
-  needs += ['base.refine = True'] if base['refine'] and method != 'stored' else []
-  needs += [f'base.budget = {base["budget"]}'] if base['budget'] else []
-  needs += ["adapter.init = 'calibrated'"] if values['adapter.init'] == 'calibrated' and method != 'stored' else []
+  needs = [f'{key} = {value!r}' for key, value in _looks_at_activations(values, base)]
   if needs and not values['calibration.text.path']:
     wrong.append(f'{" and ".join(needs)} looks at activations: name some text in calibration.text.path')
   if values['model.source'] == 'scratch' and kind in ('lora', 'qalora'):

@@ -15,6 +15,7 @@ import re
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qalora_jax import hf
 from qalora_jax import layout
@@ -26,6 +27,8 @@ from qalora_jax.quant import qtensor
 
 MANIFEST = 'qalora.json'
 ADAPTER = 'adapter.safetensors'
+# With these the base alone is not the model: a part of it stands in the adapter.
+_RESIDUAL = ('pissa', 'loftq')
 FORMAT = 'qalora_jax'
 VERSION = 2
 FORMULA = (
@@ -205,12 +208,16 @@ def write(
   )
 
 
-def load_adapter(directory, blank: dict, choices: dict) -> dict:
-  """The adapter that `write` left in `directory`, on the host, in the structure of the abstract params `blank`.
-
-  Raises ValueError where it left none, or one of other choices (kind, rank, alpha, pool, init, ...).
-  """
-  file, made = pathlib.Path(directory) / ADAPTER, manifest(directory).get('adapter')
+def check_beginning(directory, choices: dict | None) -> None:
+  """ValueError where an adapter of `choices` (None: beginning at zero) cannot begin on the base in `directory`."""
+  made = manifest(directory).get('adapter')
+  if choices is None:
+    if made is not None and made['init'] in _RESIDUAL:
+      raise ValueError(
+        f'{directory} holds what adapter.init = {made["init"]!r} left of the weights, which is a model only with its '
+        'adapter: train with the same adapter.init, or quantize the source again with adapter.init = "zero".'
+      )
+    return
   if made is None:
     raise ValueError(
       f'{directory} holds no adapter to begin with, and adapter.init = {choices["init"]!r} asks for one; make it by '
@@ -220,19 +227,37 @@ def load_adapter(directory, blank: dict, choices: dict) -> dict:
     changed = [key for key in choices if made.get(key) != choices[key]]
     shown = ', '.join(f'adapter.{key} = {made.get(key)!r}, not {choices[key]!r}' for key in changed)
     raise ValueError(f'{directory} begins with another adapter than the config asks for: {shown}.')
-  found = tensors.load_file(file)
-  wanted = _adapter_tensors(blank)
-  shapes = [{name: leaf.shape for name, leaf in named.items()} for named in (wanted, found)]
-  if shapes[0] != shapes[1]:
-    wrong = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
+
+
+def load_adapter(directory, blank: dict) -> dict:
+  """The adapter that `write` left in `directory`, on the host, in the structure of the abstract params `blank`.
+
+  Raises FileNotFoundError or ValueError where the file is absent, damaged, or another model's.
+  """
+  file = pathlib.Path(directory) / ADAPTER
+  found, named = tensors.load_file(file), jax.tree.leaves_with_path(blank)
+  wanted = {name: leaf.shape[1:] for path, leaf in named for name in _layer_names(path, leaf)}
+  wrong = sorted(name for name, _ in wanted.items() ^ {name: leaf.shape for name, leaf in found.items()}.items())
+  if wrong:
     raise ValueError(f'{file} does not fit the model: {", ".join(wrong[:8])}; quantize the source again.')
-  return jax.tree.unflatten(jax.tree.structure(blank), [found[name] for name in wanted])
+  stacked = [np.stack([found[name] for name in _layer_names(path, leaf)]) for path, leaf in named]
+  return jax.tree.unflatten(jax.tree.structure(blank), stacked)
 
 
 def _adapter_tensors(params: dict) -> dict:
-  """{layers/mlp/down_proj/adapter.a: leaf, ...} in the order of the tree's leaves."""
-  named = jax.tree.leaves_with_path(params)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in named}
+  """{layers/0/mlp/down_proj/adapter/a: leaf, ...} of every layer."""
+  return {
+    name: leaf[at]
+    for path, leaf in jax.tree.leaves_with_path(params)
+    for at, name in enumerate(_layer_names(path, leaf))
+  }
+
+
+def _layer_names(path, leaf) -> list[str]:
+  """The names of a stacked leaf's layers, whatever stack they are in."""
+  stack, _, rest = jax.tree_util.keystr(path, simple=True, separator='/').partition('/')
+  start = linear.starts([stack])[0]
+  return [f'{linear.STACK}/{layer}/{rest}' for layer in range(start, start + leaf.shape[0])]
 
 
 def _field_names(name: str, form: qtensor.Form) -> list[str]:

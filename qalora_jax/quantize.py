@@ -45,12 +45,14 @@ def main(argv=None) -> None:
   if config.adapter.init == 'zero':
     # What begins at zero is drawn by `train`.
     config.adapter.kind = 'none'
-  rows = quantize(config, workdir)
+  if config.evaluate.text.path:
+    records.read(build.source(config.evaluate.text))  # refuses what cannot be read
+  rows = quantize(config, workdir, arguments.command)
   _inspect(config, workdir, rows, arguments.command)
 
 
-def quantize(config, workdir) -> list[dict]:
-  """Writes the quantized directory `workdir` and returns its report rows, one a matrix.
+def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
+  """Writes the quantized directory `workdir` with its report, and returns the report's rows, one a matrix.
 
   Raises ValueError, before any long work, for what cannot be.
   """
@@ -66,7 +68,7 @@ def quantize(config, workdir) -> list[dict]:
       raise ValueError('adapter.targets selects lm_head, which begins at zero only: leave it out or set adapter.init.')
     beginning = calibrate.Beginning(config.adapter.init, config.adapter.init_iterations, config.seed)
   partial = workdir.absolute().parent / f'.{workdir.name}.unfinished'
-  settings = {key: config[key].to_dict() for key in ('model', 'base', 'adapter', 'calibration')} | {'seed': config.seed}
+  settings = build.base_settings(config)
   model = built.model.config
   with progress.bar('quantizing layers', model.num_hidden_layers) as bar:
     result = calibrate.quantize(
@@ -83,9 +85,7 @@ def quantize(config, workdir) -> list[dict]:
       settings=settings,
       progress=bar.advance,
     )
-  provenance = {'source': config.model.source, 'base': config.base.to_dict(), 'merged': False}
-  if samples is not None:
-    provenance['calibration'] = config.calibration.to_dict() | {'windows': len(samples), 'seed': config.seed}
+  provenance = {'source': config.model.source, 'base': config.base.to_dict(), 'merged': False, 'settings': settings}
   with progress.bar('writing weights', model.num_hidden_layers) as bar:
     packed.write(
       workdir,
@@ -101,7 +101,10 @@ def quantize(config, workdir) -> list[dict]:
   shutil.rmtree(partial)
   trained = f', {adapters.count(result.params):,} parameters of adapters to begin with' if result.params else ''
   progress.console.print(f'{quant.summary(result.frozen)}{trained}\nwritten to {workdir}')
+  report.write(workdir / REPORT, report.document(command, result.rows))
+  report.show(f'worst by {inspection.measure(result.rows)}', inspection.worst(result.rows))
   _plot(result, workdir)
+  progress.console.print(f'every weight: {workdir / REPORT}; plots beside it')
   return result.rows
 
 
@@ -136,19 +139,16 @@ def _plot(result: calibrate.Result, workdir: pathlib.Path) -> None:
 
 
 def _inspect(config, workdir, rows: list[dict], command: str) -> None:
-  """Prints the worst weights and, where the config names a text, perplexity before and after; keeps all as JSON."""
-  worst = inspection.worst(rows)
-  report.show(f'worst by {inspection.measure(rows)}', worst)
+  """Prints perplexity before and after on the text that the config names, if any, and adds it to the report."""
+  if not config.evaluate.text.path:
+    return
   scores = []
-  if config.evaluate.text.path:
-    config.evaluate.choices.path = ''
-    config.base.update(method='stored', rules='', budget=0.0)
-    for name, model in (('before', config.model.source), ('after', str(workdir))):
-      scores.append({'model': name} | evaluate.evaluate(build.load_model(config, model), config))
-    report.show('perplexity', scores)
-  path = pathlib.Path(workdir) / REPORT
-  report.write(path, report.document(command, rows, perplexity=scores))
-  progress.console.print(f'every weight: {path}; plots beside it')
+  config.evaluate.choices.path = ''
+  config.base.update(method='stored', rules='', budget=0.0)
+  for name, model in (('before', config.model.source), ('after', str(workdir))):
+    scores.append({'model': name} | evaluate.evaluate(build.load_model(config, model), config))
+  report.show('perplexity', scores)
+  report.write(pathlib.Path(workdir) / REPORT, report.document(command, rows, perplexity=scores))
 
 
 if __name__ == '__main__':

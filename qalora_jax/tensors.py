@@ -153,8 +153,10 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:
-  """Writes `value` so that a person can read it and a second writing gives the same bytes."""
-  path.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+  """Writes `value`, whole or not at all, so that a person can read it and a second writing gives the same bytes."""
+  partial = path.with_name(f'.{path.name}.{os.getpid()}')
+  partial.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+  partial.replace(path)
 
 
 def _files(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:

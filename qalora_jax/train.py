@@ -63,6 +63,9 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
     seed=config.seed,
   )
   validation = build.encode(config, config.data.validation, tokenizer) if config.data.validation.path else []
+  begins = build.beginning(config)
+  if built.directory is not None and packed.is_packed(built.directory) and config.adapter.kind in adapters.KINDS:
+    packed.check_beginning(built.directory, begins)
   if not replace_config:
     config_lib.save(config, workdir)
   built = _with_base(config, workdir, built)
@@ -79,7 +82,6 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   make_state = functools.partial(step_lib.init_state, tx)
   at_state = sharding.place(jax.eval_shape(make_state, built.abstract['params']), mesh, config.sharding.fallback)
 
-  begins = build.beginning(config)
   drawn = build.variables(built, mesh, config.seed, config.sharding.fallback, workdir, begins)
   frozen = drawn['frozen']
   state = jax.jit(make_state, out_shardings=at_state, donate_argnums=0)(drawn.pop('params'))
@@ -118,7 +120,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
 
 def _with_base(config, workdir: pathlib.Path, built: build.Setup) -> build.Setup:
   """`built`, or, where the base has to be calibrated, what is built on the one in the workdir, which is made once."""
-  if built.directory is None or packed.is_packed(built.directory) or not build.is_calibrated(config):
+  if built.directory is None or packed.is_packed(built.directory) or not build.needs_quantize(config):
     return built
   if not packed.is_packed(workdir / build.BASE):
     quantize.quantize(config, workdir / build.BASE)

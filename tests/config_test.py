@@ -120,6 +120,7 @@ def test_a_value_that_cannot_be_is_refused(key, value):
     (dict(base__method='nf4', base__double=True, base__scale_dtype='float16'), 'those scales are in 8 bits'),
     (dict(base__method='gptq'), "base.method = 'gptq' looks at activations: name some text in calibration.text.path"),
     (dict(base__refine=True), 'base.refine = True looks at activations'),
+    (dict(base__rules='down: method=gptq'), "base.method (rule 'down') = 'gptq' looks at activations"),
     (dict(base__budget=4.0), 'base.budget = 4.0 looks at activations'),
     (dict(adapter__init='calibrated'), "adapter.init = 'calibrated' looks at activations"),
     (dict(adapter__init='pissa', adapter__kind='none'), "adapter.kind = 'none' has no A and B"),

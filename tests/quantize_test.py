@@ -67,6 +67,15 @@ def test_the_manifest_says_where_it_comes_from(quantized, source):
     (['base.group=48'], '32 inputs do not divide into groups of 48'),
     (['base.method=qat', 'adapter.kind=full'], 'is trained: use `qalora train`'),
     (['base.rules=down: bits=8; dwn_proj: bits=4'], "base.rules: 'dwn_proj' selects no matrix; there are layers/N/att"),
+    (
+      ['base.rules=layers/1/: method=dense', 'adapter.init=loftq'],
+      'qalora needs quantized weights, and layers/1/attention/q_proj is dense',
+    ),
+    (
+      ['base.rules=layers/1/mlp: method=dense', 'adapter.init=loftq', 'adapter.kind=lora'],
+      'makes good what quantization lost, and layers/1/mlp/gate_proj is dense',
+    ),
+    (['evaluate.text.path=/nowhere.txt'], '/nowhere.txt'),
     (['base.targets=(q|z)_prj'], r"base.targets: '\(q\|z\)_prj' selects no matrix"),
     (['CALIBRATED', 'base.method=gptq', 'calibration.length=65'], 'calibration.length = 65 is beyond the 64 positions'),
     (['CALIBRATED', 'base.method=gptq', 'calibration.text.stop=1', 'calibration.length=60'], 'do not fill one window'),
@@ -157,7 +166,9 @@ def test_train_calibrates_its_base_once_and_evaluates_on_it(qalora, calibrated, 
   assert {path.name: path.stat().st_mtime_ns for path in base.iterdir()} == made
   with pytest.raises(ValueError, match='adapter.rank = 4, not 3'):
     qalora('train', tmp_path / 'other', f'model.source={base}', *words, 'adapter.rank=3')
-  with pytest.raises(ValueError, match='has to be calibrated first'):
+  with pytest.raises(ValueError, match='base was made otherwise: seed: 0 -> 1'):
+    qalora('train', tmp_path / 'run', *words, 'seed=1', '--replace_config')
+  with pytest.raises(ValueError, match='takes more than rounding'):
     qalora('evaluate', tmp_path / 'none', *words[:-2], 'adapter.kind=none', 'adapter.init=zero')
 
 
@@ -165,8 +176,13 @@ def test_train_calibrates_its_base_once_and_evaluates_on_it(qalora, calibrated, 
 def test_adapters_begin_with_what_the_base_lost(qalora, tmp_path, kind, init):
   """Without calibration text; LoRA on NF4 as QLoRA's users do it, QA-LoRA on its own."""
   method = ['base.method=nf4', 'base.group=32'] if kind == 'lora' else ['base.bits=2']
+  # A rule that changes no form: layers that were quantized apart are one stack again when they are read.
+  method.append('base.rules=layers/0/: ' + ('scale_dtype=float32' if kind == 'lora' else 'clip=mse'))
   words = [*method, f'adapter.kind={kind}', f'adapter.init={init}', 'adapter.dropout=0.0']
   qalora('quantize', tmp_path / 'base', *words)
+  with pytest.raises(ValueError, match=f"holds what adapter.init = '{init}' left"):
+    qalora('train', tmp_path / 'bare', f'model.source={tmp_path / "base"}', *words[:-2], 'adapter.init=zero')
+  assert not (tmp_path / 'bare').exists()
   params = packed.manifest(tmp_path / 'base')['adapter']
   assert (params['kind'], params['init'], params['rank']) == (kind, init, 4)
   qalora(
