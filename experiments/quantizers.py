@@ -183,22 +183,22 @@ def render() -> None:
     parts += [f'## {model}\n', report.markdown(shown)]
   RESULTS.with_suffix('.md').write_text('\n'.join(parts))
   models = list(dict.fromkeys(row['model'] for row in rows))
-  figure, panels = plt.subplots(2, len(models), figsize=(6.5 * len(models), 9), squeeze=False)
+  figure, panels = plt.subplots(2, len(models), figsize=(6 * len(models) + 3, 9), squeeze=False)
+  others = [method for method in dict.fromkeys(row['method'] for row in rows if row['group']) if method not in AFFINE]
+  markers = dict(zip(others, itertools.cycle('xv^<>sPD*hX1234'), strict=False))
   for column, model in enumerate(models):
     own = [row for row in rows if row['model'] == model and row['group']]
     for panel, key in zip(panels[:, column], ('output_error', 'nats_per_token'), strict=True):
-      for method in dict.fromkeys(row['method'] for row in own):
-        points = sorted((row['bits_per_weight'], row[key]) for row in own if row['method'] == method)
-        style = dict(marker='o', linestyle='-') if method in AFFINE else dict(marker='x', linestyle='none')
-        if method in AFFINE:
-          points = sorted(
-            (row['bits_per_weight'], row[key]) for row in own if row['method'] == method and row['group'] == PLAIN
-          )
-        panel.plot(*zip(*points, strict=True), label=method, **style)
+      for method in (*AFFINE, *others):
+        found = [row for row in own if row['method'] == method and (row['group'] == PLAIN or method in others)]
+        points = sorted((row['bits_per_weight'], row[key]) for row in found)
+        style = dict(marker='o', linestyle='-') if method in AFFINE else dict(marker=markers[method], linestyle='none')
+        if points:
+          panel.plot(*zip(*points, strict=True), label=method, **style)
       panel.set(title=model, xlabel='bits per weight, scales and offsets counted', ylabel=key, yscale='log')
-      panel.legend(fontsize=6)
-  figure.tight_layout()
-  figure.savefig(RESULTS.with_suffix('.png'), dpi=110)
+  figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=8, loc='center right')
+  figure.tight_layout(rect=(0, 0, 1 - 2.6 / figure.get_figwidth(), 1))
+  figure.savefig(RESULTS.with_suffix('.png'), dpi=100)
   report.show('claims', claims(rows))
 
 
