@@ -16,6 +16,7 @@ from qalora_jax import step as step_lib
 from qalora_jax.models import linear
 from qalora_jax.models import llama
 from qalora_jax.quant import affine
+from qalora_jax.quant import float4
 
 CONFIG = llama.ModelConfig(
   vocab_size=64,
@@ -32,7 +33,11 @@ def scheme_of(kind, bits=4):
   if kind == 'full':
     return linear.Scheme(trains=True)
   adapter = adapters.Adapter(kind, 4, 8.0)
-  quantizers = (('all', affine.Affine(bits, 16)),) if bits else ()
+  if bits != 'mixed':
+    quantizers = (('all', affine.Affine(bits, 16)),) if bits else ()
+  else:
+    doubled = float4.Float4(group=16, double=True)
+    quantizers = (('layers/1/.*down', affine.Affine(2, 16, True)), ('mlp', doubled), ('all', affine.Affine(4, 16)))
   return linear.Scheme(quantizers=quantizers, adapter=adapter)
 
 
@@ -171,6 +176,26 @@ def test_sharded_is_unsharded(kind, bits, shape):
     assert (
       down.scale.spec == down.offset.spec == down.planes[0].spec == jax.sharding.PartitionSpec(None, 'tensor', 'fsdp')
     )
+
+
+def test_two_stacks_and_doubled_scales_on_a_mesh():
+  """Layers that differ, scales in 8 bits, weights without offsets: as on one device, and nothing large is copied."""
+  model, frozen, params = born('qalora', 'mixed')
+  assert sorted(params) == ['layers_0', 'layers_1']
+  batch, mesh, tx = a_batch(), sharding.make_mesh(data=2, fsdp=2, tensor=2), optax.sgd(1.0)
+  want, wanted = one_step(model, frozen, params, batch)
+  abstract = jax.eval_shape(model.init, jax.random.key(0), batch['tokens'])
+  at_frozen = sharding.place(abstract['frozen'], mesh)
+  at_state = sharding.place(jax.eval_shape(functools.partial(step_lib.init_state, tx), abstract['params']), mesh)
+  rows = sharding.batch(mesh)
+  placed = jax.device_put(frozen, at_frozen), params, jax.device_put(batch, rows)
+  shardings = dict(in_shardings=(at_state, at_frozen, rows), out_shardings=(at_state, sharding.replicated(mesh)))
+  got, metrics = one_step(model, *placed, tx=tx, **shardings)
+  assert_trees_close(got.params, want.params)
+  assert_trees_close(metrics, wanted)
+  up = at_frozen['layers_0']['mlp']['up_proj']['kernel']
+  assert up.scale.codes.spec == up.planes[0].spec == jax.sharding.PartitionSpec(None, 'fsdp', 'tensor')
+  assert up.scale.absmax.spec == up.scale.mean.spec == jax.sharding.PartitionSpec()
 
 
 def test_a_group_never_straddles_devices():

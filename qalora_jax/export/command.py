@@ -15,7 +15,8 @@ FORMATS = ('qalora', 'hf')
 SUMMARY = (
   'Merges the run in --workdir (or takes --model) and writes it to --output.\n'
   '--format=qalora: still quantized, loads again here.  --format=hf: dense, any Hugging Face program loads it.\n'
-  'A merge whose logits differ from the adapted model by more than rounding is not written.'
+  'A merge whose logits differ from the adapted model by more than rounding is not written.  What QAT trained is\n'
+  'written in the codes that it was trained with.'
 )
 
 
