@@ -205,14 +205,9 @@ def main() -> None:
     }  # fmt: skip
     rows, domains = [], words or list(babyllama.DOMAINS)
     parts = [functools.partial(measure_rivals, domain) for domain in domains]
-    # What decides the question first, in all domains.
-    for methods in (
-      ('QA-LoRA',),
-      ('QA-LoRA, calibrated',),
-      ('QA-LoRA, loftq', 'QA-LoRA, pissa'),
-      ('QA-LoRA, refined base',),
-    ):
-      parts += [functools.partial(measure_qalora, domain, methods) for domain in domains]
+    # What decides the question first.
+    order = (('QA-LoRA',), ('QA-LoRA, calibrated',), ('QA-LoRA, refined base',), ('QA-LoRA, loftq', 'QA-LoRA, pissa'))
+    parts += [functools.partial(measure_qalora, domain, methods) for methods in order for domain in domains]
     parts += [functools.partial(measure_refined_rival, domain) for domain in domains]
     for part in parts:
       rows += part()
