@@ -265,6 +265,14 @@ def get_config():
       top_k=0,
       # Only the likeliest tokens that together hold this probability.
       top_p=1.0,
+      # Only tokens at least this many times as probable as the likeliest; 0: all.
+      min_p=0.0,
+      # Positive logits of tokens that the text holds are divided by it, negative ones multiplied; 1: none.
+      repetition_penalty=1.0,
+      # The text ends before this string; several as a JSON list, '["\\n\\n", "Question:"]'.  Empty: at EOS alone.
+      stop='',
+      # Prompts of a file that are continued side by side.
+      batch=8,
     )
   )
   return config

@@ -12,7 +12,7 @@ _MODULES = {
   'train': 'qalora_jax.train',
   'evaluate': 'qalora_jax.evaluate.command',
   'export': 'qalora_jax.export.command',
-  'generate': 'qalora_jax.generate',
+  'generate': 'qalora_jax.generate.command',
 }
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
@@ -27,7 +27,7 @@ The verbs, in their natural order; what one writes, the next one reads:
   train      trains an adapter, or every weight; the same command again goes on where it stopped
   evaluate   perplexity and multiple choice
   export     merges the adapter and writes a model that others can load
-  generate   continues a prompt
+  generate   continues prompts, or holds a conversation (--chat)
 
 For example, after `make quickstart`:
   qalora quantize --config=configs/quickstart_questions.py --workdir=runs/four --config.base.method=affine

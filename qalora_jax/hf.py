@@ -100,8 +100,13 @@ def read_config(directory, *, dtype=jnp.float32, remat: str = 'none') -> llama.M
     raise ValueError(f'{file}: {error}') from error
 
 
-def write_config(directory, config: llama.ModelConfig, *, bos=None, eos=None, dtype: str = 'float32') -> None:
-  """Writes config.json, from which `read_config` and transformers make the same model; `dtype` is the weights'."""
+def write_config(
+  directory, config: llama.ModelConfig, *, bos=None, eos=None, dtype: str = 'float32', more: dict | None = None
+) -> None:
+  """Writes config.json, from which `read_config` and transformers make the same model; `dtype` is the weights'.
+
+  `more`: what a format adds to it.
+  """
   keys = (*_REQUIRED, *_OPTIONAL, 'num_key_value_heads', 'rope_theta')
   scaling = config.rope_scaling
   fixed = {key: value for key, value in _FIXED.items() if key in ('hidden_act', 'attention_bias', 'mlp_bias')}
@@ -114,6 +119,7 @@ def write_config(directory, config: llama.ModelConfig, *, bos=None, eos=None, dt
     'bos_token_id': bos,
     'eos_token_id': eos,
     'torch_dtype': dtype,
+    **(more or {}),
   }
   tensors.write_json(pathlib.Path(directory) / CONFIG, value)
 
@@ -210,7 +216,7 @@ def write(
   def dense():
     for path, name, leaf in layout.parts(config, tree, progress):
       matrix = np.asarray(_dequantize(leaf) if isinstance(leaf, qtensor.QTensor) else leaf)
-      yield name, _cast(matrix.T if layout.is_matrix(path) else matrix, dtype, name)
+      yield name, cast(matrix.T if layout.is_matrix(path) else matrix, dtype, name)
 
   publish(
     directory, config, dense(), dtype=dtype, tokenizer_from=tokenizer_from, bos=bos, eos=eos, shard_bytes=shard_bytes
@@ -229,12 +235,13 @@ def publish(
   shard_bytes: int,
   documents: dict[str, dict] | None = None,
   others: dict[str, dict] | None = None,
+  more: dict | None = None,
 ) -> None:
   """Writes named tensors, config.json, a tokenizer, further JSON `documents` and files of `others` ({file: {name:
-  tensor}}) as a directory that appears whole.
+  tensor}}) as a directory that appears whole.  `more` goes into config.json.
   """
   with tensors.fresh(directory) as temporary:
-    write_config(temporary, config, bos=bos, eos=eos, dtype=dtype)
+    write_config(temporary, config, bos=bos, eos=eos, dtype=dtype, more=more)
     for name, value in (documents or {}).items():
       tensors.write_json(temporary / name, value)
     for name, value in (others or {}).items():
@@ -266,7 +273,8 @@ def _ignored(config: llama.ModelConfig, name: str) -> bool:
   )
 
 
-def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+  """`array` in `dtype`; ValueError naming it where float16 cannot hold it."""
   with np.errstate(over='ignore'):
     cast = array.astype(jnp.dtype(dtype))
   if dtype == 'float16' and not np.isfinite(cast).all() and np.isfinite(array).all():

@@ -18,6 +18,7 @@ import numpy as np
 
 from qalora_jax.models import linear
 from qalora_jax.models import llama
+from qalora_jax.quant import qtensor
 
 # {path: name} of a model whose layers are one stack; {} stands for the layer.
 NAMES = {
@@ -101,10 +102,10 @@ def assemble(config: llama.ModelConfig, blank: dict, part: Callable, progress: C
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
-def parts(config: llama.ModelConfig, tree: dict, progress: Callable[[], None] | None) -> Iterator[tuple]:
+def parts(config: llama.ModelConfig, tree: dict, progress: Callable[[], None] | None = None) -> Iterator[tuple]:
   """(path, name, leaf) of every tensor of `tree`, a single layer's on the host; the inverse of `assemble`.
 
-  Raises ValueError, before the first, where the tree is not this model's.
+  Of an abstract tree the leaves are abstract.  Raises ValueError, before the first, where the tree is not this model's.
   """
   flat, shapes = traverse_util.flatten_dict(tree, sep='/'), matrix_shapes(config)
   every = names(config, linear.starts(tree) or (0,))
@@ -118,7 +119,22 @@ def parts(config: llama.ModelConfig, tree: dict, progress: Callable[[], None] | 
   if wrong:
     raise ValueError('the tree does not hold the weights of its config:\n  ' + '\n  '.join(sorted(wrong)))
   for path, name, at in _visit(every, progress):
-    yield path, name, jax.tree.map(lambda a, at=at: np.asarray(a[at]), flat[path])
+    yield path, name, jax.tree.map(lambda a, at=at: _single(a, at), flat[path])
+
+
+def _single(a, at):
+  if isinstance(a, jax.ShapeDtypeStruct):
+    return a if at is ... else jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+  return np.asarray(a[at])
+
+
+def matrices(config: llama.ModelConfig, tree: dict) -> Iterator[tuple]:
+  """(path, name, matrix) of every quantized matrix of `tree`; of a stack the same whole leaf for each of its layers."""
+  flat = traverse_util.flatten_dict(tree, sep='/')
+  for path, of_path in names(config, linear.starts(tree) or (0,)).items():
+    if isinstance(flat.get(path), qtensor.QTensor):
+      for name in of_path:
+        yield path, name, flat[path]
 
 
 def _visit(every: dict[str, list[str]], progress: Callable[[], None] | None) -> Iterator[tuple]:

@@ -5,6 +5,7 @@ names here is free (a path, an index).
 """
 
 import difflib
+import json
 import math
 import re
 
@@ -97,6 +98,9 @@ RANGES = {
   'generate.temperature': _NATURAL,
   'generate.top_k': _NATURAL,
   'generate.top_p': ('above 0 and at most 1', lambda x: 0 < x <= 1),
+  'generate.min_p': _FRACTION,
+  'generate.repetition_penalty': _ABOVE_ZERO,
+  'generate.batch': _POSITIVE,
 }
 
 
@@ -105,7 +109,25 @@ def problems(values):
   wrong = [_not_a_choice(key, values[key], words) for key, words in CHOICES.items() if values[key] not in words]
   outside = [key for key, (_, holds) in RANGES.items() if not holds(values[key])]
   wrong += [f'{key} = {values[key]!r}: must be {RANGES[key][0]}' for key in outside]
-  return wrong + _bad_targets(values) + _bad_rules(values) + _bad_combinations(values, set(outside))
+  return wrong + _bad_stops(values) + _bad_targets(values) + _bad_rules(values) + _bad_combinations(values, set(outside))
+
+
+def stops(value: str) -> tuple[str, ...]:
+  """The strings that generate.stop names: none, one, or a JSON list of them; ValueError for another list."""
+  if not value.startswith('['):
+    return (value,) if value else ()
+  found = json.loads(value)
+  if not all(isinstance(stop, str) and stop for stop in found):
+    raise ValueError('a stop string is a string that is not empty')
+  return tuple(found)
+
+
+def _bad_stops(values):
+  try:
+    stops(values['generate.stop'])
+  except ValueError as error:
+    return [f'generate.stop = {values["generate.stop"]!r}: a string, or a JSON list of strings ({error})']
+  return []
 
 
 def _not_a_choice(key, value, words):

@@ -7,6 +7,7 @@ form, by which formula, and where they come from.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import dataclasses
 import functools
 import pathlib
@@ -187,17 +188,10 @@ def write(
   if choices is not None:
     document['adapter'] = choices
 
-  def named():
-    for path, name, leaf in layout.parts(config, tree, progress):
-      if path in quantized:
-        yield from zip(_field_names(name, qtensor.form(leaf)), jax.tree.leaves(leaf), strict=True)
-      else:
-        yield name, leaf.T if layout.is_matrix(path) else leaf
-
   hf.publish(
     directory,
     config,
-    named(),
+    named(config, tree, progress),
     dtype=str(flat['embedding'].dtype) if 'embedding' in flat else 'float32',
     tokenizer_from=tokenizer_from,
     bos=bos,
@@ -206,6 +200,17 @@ def write(
     documents={MANIFEST: document},
     others={ADAPTER: _adapter_tensors(params)} if params else {},
   )
+
+
+def named(
+  config: llama.ModelConfig, tree: dict, progress: Callable[[], None] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, tensor) of all that `write` puts into the files of a tree."""
+  for path, name, leaf in layout.parts(config, tree, progress):
+    if isinstance(leaf, qtensor.QTensor):
+      yield from zip(_field_names(name, qtensor.form(leaf)), jax.tree.leaves(leaf), strict=True)
+    else:
+      yield name, leaf.T if layout.is_matrix(path) else leaf
 
 
 def check_beginning(directory, choices: dict | None) -> None:

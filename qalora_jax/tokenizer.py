@@ -4,6 +4,7 @@ import collections.abc
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import sentencepiece
@@ -36,6 +37,8 @@ class Tokenizer:
   encode: collections.abc.Callable[[str], list[int]]
   decode: collections.abc.Callable[[collections.abc.Iterable[int]], str]
   unknown: int | None = None
+  # {spelling: id} of tokens that `encode` does not find in a text; `encode_marked` does.
+  marks: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def load(directory) -> Tokenizer:
@@ -53,6 +56,17 @@ def load(directory) -> Tokenizer:
   if (directory / 'tokenizer.json').is_file():
     return _load_tokenizers(directory)
   raise FileNotFoundError(f'{directory}: no tokenizer here; looked for tokenizer.model and tokenizer.json')
+
+
+def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
+  """The ids of a text in which special tokens are spelled out, as chat templates write them: `<s>[INST] ...`."""
+  if not tokenizer.marks:
+    return tokenizer.encode(text)
+  ids = []
+  for part in re.split(f"({'|'.join(map(re.escape, tokenizer.marks))})", text):
+    if part:
+      ids += [tokenizer.marks[part]] if part in tokenizer.marks else tokenizer.encode(part)
+  return ids
 
 
 def copy(source, target) -> None:
@@ -97,6 +111,38 @@ def train_bpe(texts, vocab_size: int, directory) -> None:
   (directory / 'tokenizer_config.json').write_text(json.dumps(special, indent=2) + '\n', encoding='utf-8')
 
 
+def chat_template(directory) -> str | None:
+  """The chat template of a directory: chat_template.jinja, else `chat_template` of tokenizer_config.json, or None.
+
+  Of several named ones it is `default`.
+  """
+  directory = pathlib.Path(directory)
+  if (directory / 'chat_template.jinja').is_file():
+    return (directory / 'chat_template.jinja').read_text(encoding='utf-8')
+  found = _read_object(directory / 'tokenizer_config.json').get('chat_template')
+  if isinstance(found, list):
+    found = {entry.get('name'): entry.get('template') for entry in found}.get('default')
+  return found
+
+
+def special_tokens(directory) -> dict[str, str]:
+  """{'bos_token': '<s>', ...} as tokenizer_config.json names them."""
+  stated = _read_object(pathlib.Path(directory) / 'tokenizer_config.json')
+  named = {key: value for key, value in stated.items() if key.endswith('_token')}
+  content = {key: value.get('content') if isinstance(value, dict) else value for key, value in named.items()}
+  return {key: value for key, value in content.items() if isinstance(value, str)}
+
+
+def sentencepiece_model(path: pathlib.Path):
+  """The pieces and rules of a SentencePiece model, as its protocol buffer says them."""
+  # Slow to import, and of use to exports alone.
+  from sentencepiece import sentencepiece_model_pb2
+
+  model = sentencepiece_model_pb2.ModelProto()
+  model.ParseFromString(path.read_bytes())
+  return model
+
+
 def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
   processor = sentencepiece.SentencePieceProcessor()
   try:
@@ -115,6 +161,7 @@ def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
     encode=processor.encode,
     decode=lambda ids: processor.decode([int(token) for token in ids]),
     unknown=special(processor.unk_id()),
+    marks={processor.id_to_piece(i): i for i in range(processor.vocab_size()) if processor.is_control(i)},
   )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from qalora_jax import build
 from qalora_jax import config as config_lib
-from qalora_jax import generate
+from qalora_jax.generate import command as generate
 from qalora_jax import hf
 from qalora_jax import quant
 from qalora_jax import sharding

@@ -98,11 +98,11 @@ def qalora(recipe):
 
   qalora('train', workdir, 'adapter.rank=2', '--replace_config') runs `recipe` with config.adapter.rank = 2.
   """
-  from qalora_jax import generate
   from qalora_jax import quantize
   from qalora_jax import train
   from qalora_jax.evaluate import command as evaluate
   from qalora_jax.export import command as export
+  from qalora_jax.generate import command as generate
 
   verbs = dict(train=train, quantize=quantize, generate=generate, evaluate=evaluate, export=export)
 

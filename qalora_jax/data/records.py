@@ -108,6 +108,18 @@ def read(source: Source) -> list[Document]:
   return chosen
 
 
+def prompts(path: str) -> list[dict]:
+  """The objects of a JSONL file, each with a string "prompt"; further fields stay.  Raises as `read` does."""
+  found = []
+  for place, line in _lines(path, _contents(path)):
+    record = _parsed(line, place)
+    _string(record, 'prompt', place, 'a record holds a prompt')
+    found.append(record)
+  if not found:
+    raise ValueError(f'{path}: no record in it')
+  return found
+
+
 def _contents(path: str) -> str:
   file = _download(path) if path.startswith(_HUB) else pathlib.Path(path)
   if not path or not file.is_file():
@@ -169,13 +181,17 @@ def _read_alpaca(source: Source, contents: str) -> list[Document]:
 def _read_jsonl(source: Source, contents: str) -> list[Document]:
   documents = []
   for place, line in _lines(source.path, contents):
-    try:
-      record = json.loads(line)
-    except ValueError as error:
-      raise ValueError(f'{place}: invalid JSON ({error}); format jsonl is one JSON object a line') from error
-    _require_object(record, place)
-    documents.append(_document(record, source.template, place))
+    documents.append(_document(_parsed(line, place), source.template, place))
   return documents
+
+
+def _parsed(line: str, place: str) -> dict:
+  try:
+    record = json.loads(line)
+  except ValueError as error:
+    raise ValueError(f'{place}: invalid JSON ({error}); format jsonl is one JSON object a line') from error
+  _require_object(record, place)
+  return record
 
 
 def _document(record: dict, template: str, place: str) -> Document:

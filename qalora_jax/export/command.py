@@ -1,22 +1,27 @@
-"""`qalora export`: merges a run, proves the merge, writes it in a format that others load."""
+"""`qalora export`: merges a run, proves the merge, writes it in a format that others load, and reads it back."""
 
 import pathlib
 
 from qalora_jax import build
 from qalora_jax import config as config_lib
-from qalora_jax import hf
-from qalora_jax import packed
 from qalora_jax import progress
 from qalora_jax import quant
 from qalora_jax import tensors
+from qalora_jax.export import dense
+from qalora_jax.export import gguf
+from qalora_jax.export import job as job_lib
 from qalora_jax.export import merge
+from qalora_jax.export import mlx
+from qalora_jax.export import own
 
-FORMATS = ('qalora', 'hf')
+# Modules of one shape: DTYPES, check(job), write(directory, job, progress), verify(directory, job, progress).
+FORMATS = {'qalora': own, 'hf': dense, 'mlx': mlx, 'gguf': gguf}
 SUMMARY = (
   'Merges the run in --workdir (or takes --model) and writes it to --output.\n'
-  '--format=qalora: still quantized, loads again here.  --format=hf: dense, any Hugging Face program loads it.\n'
-  'A merge whose logits differ from the adapted model by more than rounding is not written.  What QAT trained is\n'
-  'written in the codes that it was trained with.'
+  '--format=qalora: still quantized, loads again here.  --format=mlx: still quantized, for mlx_lm.\n'
+  '--format=gguf: 4 bits, for llama.cpp.  --format=hf: dense, any Hugging Face program loads it.\n'
+  'A merge whose logits differ from the adapted model by more than rounding is not written, nor is a directory that its\n'
+  "format's own library does not read back.  What QAT trained is written in the codes that it was trained with."
 )
 
 
@@ -26,59 +31,72 @@ def main(argv=None) -> None:
     config_lib.Flag('model', 'string', '', 'A workdir or model directory other than --workdir.'),
     config_lib.Flag('format', 'string', 'qalora', f'One of {", ".join(FORMATS)}.'),
     config_lib.Flag('output', 'string', '', 'Directory to write (default: WORKDIR/export_FORMAT).'),
-    config_lib.Flag('dtype', 'string', 'float32', 'hf only: float32, bfloat16 or float16.'),
+    config_lib.Flag('dtype', 'string', 'float32', 'Of what is dense: float32, bfloat16, float16, or q8_0 (gguf).'),
+    config_lib.Flag('dense', 'bool', False, 'gguf: write matrices that it cannot hold in their bits dense.'),
   )
   arguments = config_lib.parse('export', argv, summary=SUMMARY, extra_flags=flags)
   values = arguments.values
-  if values['format'] not in FORMATS:
-    raise ValueError(f'--format={values["format"]}: no such format; there are {", ".join(FORMATS)}.')
+  chosen = values['format']
+  if chosen not in FORMATS:
+    raise ValueError(f'--format={chosen}: no such format; there are {", ".join(FORMATS)}.')
+  if values['dtype'] not in FORMATS[chosen].DTYPES:
+    known = ' or '.join(FORMATS[chosen].DTYPES)
+    raise ValueError(f'--dtype={values["dtype"]}: what is dense in a {chosen} directory is stored in {known}.')
   if not (values['output'] or arguments.workdir):
     raise ValueError('say where to write: --output=DIRECTORY, or --workdir of the run.')
-  output = pathlib.Path(values['output'] or pathlib.Path(arguments.workdir) / f'export_{values["format"]}')
+  output = pathlib.Path(values['output'] or pathlib.Path(arguments.workdir) / f'export_{chosen}')
   tensors.refuse_existing(output)
   loaded = build.open_model(arguments.config, arguments.workdir, values['model'])
-  export(loaded, arguments.config, output, format=values['format'], dtype=values['dtype'])
+  export(loaded, arguments.config, output, format=chosen, dtype=values['dtype'], widen=values['dense'])
 
 
-def export(loaded: build.Loaded, config, output: pathlib.Path, *, format: str, dtype: str = 'float32') -> None:
-  """Merges, checks and writes.
+def export(loaded: build.Loaded, config, output: pathlib.Path, *, format: str, **choices) -> None:
+  """Merges, checks, writes, reads back; `choices` are those of `job.Job`.  The directory appears when all holds.
 
   Raises ValueError for a merge that is not equal, and for a format that cannot hold it without loss.
   """
+  tree, provenance = _merged(loaded, config, format)
+  job = job_lib.Job(
+    loaded.model.config,
+    tree,
+    tokenizer_from=loaded.tokenizer_from,
+    bos=loaded.tokenizer.bos,
+    eos=loaded.tokenizer.eos,
+    provenance=provenance,
+    **choices,
+  )
+  FORMATS[format].check(job)
+  layers = loaded.model.config.num_hidden_layers
+  with tensors.fresh(output) as temporary:
+    with progress.bar('writing weights', layers) as bar:
+      FORMATS[format].write(temporary, job, bar.advance)
+    with progress.bar('reading them back', layers) as bar:
+      verified = FORMATS[format].verify(temporary, job, bar.advance)
+  progress.console.print(f'{verified}\n{quant.summary(tree)}\nwritten to {output}')
+
+
+def _merged(loaded: build.Loaded, config, format: str) -> tuple[dict, dict]:
+  """The tree of the merged model, and where it comes from."""
   frozen, params = loaded.variables['frozen'], loaded.variables['params']
-  tree, provenance = frozen, dict(loaded.origin, merged=bool(params))
+  provenance = dict(loaded.origin, merged=bool(params))
   if not frozen:
     tree = quant.settle(params)
     if quant.matrices(tree) and (difference := merge.moved(loaded.model, params, tree)):
       raise ValueError(f'not written: the codes move the logits by {difference:.2e}; please report this.')
-  elif params:
-    tree = merge.merge(frozen, params)
-    _refuse_lossy(frozen, tree, format)
-    found = merge.check(loaded.model, frozen, params, tree)
-    progress.console.print(str(found))
-    if not found.holds:
-      raise ValueError(f'not written: {found}. The merged model is not the trained one; please report this.')
-    provenance |= {'difference': found.difference, 'tolerance': found.tolerance, 'adapter': config.adapter.to_dict()}
-  common = dict(
-    tokenizer_from=loaded.tokenizer_from,
-    bos=loaded.tokenizer.bos,
-    eos=loaded.tokenizer.eos,
-  )
-  if format == 'qalora' and not quant.matrices(tree):
-    raise ValueError('nothing in this model is quantized; write it with --format=hf.')
-  with progress.bar('writing weights', loaded.model.config.num_hidden_layers) as bar:
-    if format == 'hf':
-      hf.write(output, loaded.model.config, tree, dtype=dtype, progress=bar.advance, **common)
-    else:
-      packed.write(output, loaded.model.config, tree, provenance=provenance, progress=bar.advance, **common)
-  progress.console.print(f'{quant.summary(tree)}\nwritten to {output}')
-
-
-def _refuse_lossy(frozen: dict, merged: dict, format: str) -> None:
-  lost = len(quant.matrices(frozen)) - len(quant.matrices(merged))
-  if format == 'qalora' and lost:
+    return tree, provenance
+  if not params:
+    return frozen, provenance
+  tree = merge.merge(frozen, params)
+  lost = len(quant.matrices(frozen)) - len(quant.matrices(tree))
+  if lost and format != 'hf':
     raise ValueError(
       f'{lost} quantized weights carry a LoRA adapter, which changes weights within a group: codes and offsets cannot '
       'hold it. Write it dense with --format=hf (and quantize that again, with loss), or train with adapter.kind = '
       '"qalora", which merges exactly.'
     )
+  found = merge.check(loaded.model, frozen, params, tree)
+  progress.console.print(str(found))
+  if not found.holds:
+    raise ValueError(f'not written: {found}. The merged model is not the trained one; please report this.')
+  adapter = config.adapter.to_dict()
+  return tree, provenance | {'difference': found.difference, 'tolerance': found.tolerance, 'adapter': adapter}

@@ -1,6 +1,11 @@
 """LLaMA 1, 2 and 3 (Touvron et al., 2023; Dubey et al., 2024) as functional linen modules.
 
-B batch, T time, D model, F mlp, H heads, K key/value heads, C head width, V vocabulary.
+B batch, T time, S time of the past, D model, F mlp, H heads, K key/value heads, C head width, V vocabulary.
+
+Generation keeps the keys and values of earlier tokens in a collection of their own, in the tree of the layers:
+
+    past/layers/attention/k, v       [N, B, S, K, C] read where it is there: what the tokens also look at
+    present/layers/attention/k, v    [N, B, T, K, C] written where it is mutable: those of the tokens at hand
 """
 
 import dataclasses
@@ -24,6 +29,8 @@ SEQUENCE = {
   'attend': (('attention/q_proj', 'attention/k_proj', 'attention/v_proj'), ('attention/o_proj',)),
   'feed': (('mlp/gate_proj', 'mlp/up_proj'), ('mlp/down_proj',)),
 }
+# Collections of keys and values: those of earlier tokens, those of the tokens at hand.
+PAST, PRESENT = 'past', 'present'
 MATRICES = tuple(matrix for steps in SEQUENCE.values() for alike in steps for matrix in alike)
 
 
@@ -110,7 +117,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Causal attention with grouped queries, within segments."""
+  """Causal attention with grouped queries, within segments, and to a past where the variables hold one."""
 
   config: ModelConfig
   scheme: linear.Scheme
@@ -128,9 +135,36 @@ class Attention(nn.Module):
     q_BTHC = rotate(project('q_proj', c.num_attention_heads), positions_BT, frequencies)
     k_BTKC = rotate(project('k_proj', c.num_key_value_heads), positions_BT, frequencies)
     v_BTKC = project('v_proj', c.num_key_value_heads)
-    y_BTHC = jax.nn.dot_product_attention(q_BTHC, k_BTKC, v_BTKC, mask=mask_B1TT)
+    for name, value in (('k', k_BTKC), ('v', v_BTKC)):
+      if self.is_mutable_collection(PRESENT) and not self.is_initializing():
+        self.put_variable(PRESENT, name, value)
+    if self.has_variable(PAST, 'k'):
+      past = self.get_variable(PAST, 'k'), self.get_variable(PAST, 'v')
+      y_BTHC = attend_to_past(q_BTHC, k_BTKC, v_BTKC, mask_B1TT, *past, positions_BT[:, 0])
+    else:
+      y_BTHC = jax.nn.dot_product_attention(q_BTHC, k_BTKC, v_BTKC, mask=mask_B1TT)
     y = y_BTHC.reshape(B, T, -1)
     return linear.Linear(c.hidden_size, ('heads', 'embed'), self.scheme, name='o_proj')(y)
+
+
+def attend_to_past(q_BTHC, k_BTKC, v_BTKC, mask_B1TT, past_k_BSKC, past_v_BSKC, start_B) -> jax.Array:
+  """Attention [B, T, H, C] of T tokens to themselves, as the mask says, and to the first start_B entries of the past.
+
+  One softmax over both, in float32; the past is read where it lies, never copied beside the present.
+  """
+  B, T, H, C = q_BTHC.shape
+  K, S = k_BTKC.shape[2], past_k_BSKC.shape[1]
+  q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C)
+  scores = lambda k: jnp.einsum('btkgc,bskc->bkgts', q_BTKGC, k, preferred_element_type=jnp.float32) / math.sqrt(C)
+  seen_B111S = (jnp.arange(S)[None] < start_B[:, None])[:, None, None, None]
+  masked = [
+    jnp.where(seen_B111S, scores(past_k_BSKC), -jnp.inf),
+    jnp.where(mask_B1TT[:, :, None], scores(k_BTKC), -jnp.inf),
+  ]
+  p = jax.nn.softmax(jnp.concatenate(masked, axis=-1), axis=-1).astype(v_BTKC.dtype)
+  mix = lambda p, v: jnp.einsum('bkgts,bskc->btkgc', p, v, preferred_element_type=jnp.float32)
+  y_BTKGC = mix(p[..., :S], past_v_BSKC) + mix(p[..., S:], v_BTKC)
+  return y_BTKGC.reshape(B, T, H, C).astype(q_BTHC.dtype)
 
 
 class MLP(nn.Module):
@@ -175,14 +209,15 @@ class Llama(nn.Module):
 
   In bfloat16 an untied head's logits are rounded to bfloat16 first, as in transformers; a tied head's are not.
   `segments` [B, T] keeps documents that share a row apart (a token sees earlier tokens of its own segment only);
-  `positions` [B, T] are counted within them.  Without either, a row is one document.  Apply needs no `scheme`.
+  `positions` [B, T] are counted within them.  Without either, a row is one document.  With `only_B` the logits are
+  those of one token of every row, [B, 1, V].  Apply needs no `scheme`.
   """
 
   config: ModelConfig
   scheme: linear.Scheme = linear.Scheme()
 
   @nn.compact
-  def __call__(self, tokens_BT, segments_BT=None, positions_BT=None):
+  def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, only_B=None):
     c = self.config
     B, T = tokens_BT.shape
     if positions_BT is None:
@@ -195,6 +230,8 @@ class Llama(nn.Module):
     x_BTD = embedding_VD[tokens_BT].astype(c.dtype)
     for stack in self._stacks():
       x_BTD, _ = stack(x_BTD, positions_BT, mask_B1TT)
+    if only_B is not None:
+      x_BTD = jnp.take_along_axis(x_BTD, only_B[:, None, None], axis=1)
     x_BTD = RMSNorm(c.rms_norm_eps, self.scheme, name='norm')(x_BTD)
     if c.tie_word_embeddings:
       logits = jnp.dot(x_BTD, embedding_VD.T.astype(c.dtype), preferred_element_type=jnp.float32)
@@ -217,7 +254,7 @@ class Llama(nn.Module):
       scanned = nn.scan(
         block,
         length=stop - start,
-        variable_axes={'params': 0, 'frozen': 0},
+        variable_axes={'params': 0, 'frozen': 0, PAST: 0, PRESENT: 0},
         split_rngs={'params': True, 'dropout': True},
         in_axes=nn.broadcast,
         metadata_params={nn.PARTITION_NAME: 'layers'},

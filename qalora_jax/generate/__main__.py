@@ -1,0 +1,8 @@
+"""`python -m qalora_jax.generate`."""
+
+import sys
+
+from qalora_jax import cli
+from qalora_jax.generate import command
+
+cli.run(command.main, 'generate', sys.argv[1:])

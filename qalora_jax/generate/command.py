@@ -1,0 +1,155 @@
+"""`qalora generate`: text from a prompt, from many, or in a conversation."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import sys
+
+import jax
+
+from qalora_jax import build
+from qalora_jax import cli
+from qalora_jax import config as config_lib
+from qalora_jax import limits
+from qalora_jax import progress
+from qalora_jax import tokenizer as tokenizer_lib
+from qalora_jax.data import records
+from qalora_jax.generate import chat
+from qalora_jax.generate import decode
+from qalora_jax.generate import sampling
+from qalora_jax.generate import text as text_lib
+
+SUMMARY = (
+  'Continues --prompt with the model: --model, else the run in --workdir, else config.model.source.\n'
+  '--chat: a conversation, your words from standard input, in the chat template of the tokenizer.\n'
+  '--prompts: every record of a JSONL file ({"prompt": ...} a line), config.generate.batch at a time; records with the\n'
+  'text that was written go to --output, or to standard output.\n'
+  'config.generate holds length, sampling and stop strings; config.seed the draws.'
+)
+
+
+def main(argv=None) -> str | list[dict]:
+  """Runs the command with `argv`; prints the text as it comes and returns it (with --prompts, the records)."""
+  flags = (
+    config_lib.Flag('model', 'string', '', 'A workdir, Hugging Face directory, exported directory or hub id.'),
+    config_lib.Flag('prompt', 'string', '', 'The text to continue; with --chat, what you say first.'),
+    config_lib.Flag('prompts', 'string', '', 'A JSONL file of records with a "prompt".'),
+    config_lib.Flag('output', 'string', '', 'With --prompts: the JSONL file to write.'),
+    config_lib.Flag('chat', 'bool', False, 'Hold a conversation; an empty line or end of input ends it.'),
+    config_lib.Flag('system', 'string', '', 'With --chat: the system message.'),
+  )
+  arguments = config_lib.parse('generate', argv, summary=SUMMARY, extra_flags=flags)
+  config, values = arguments.config, arguments.values
+  if bool(values['prompts']) + bool(values['chat']) + bool(values['prompt'] and not values['chat']) > 1:
+    raise ValueError('--prompt, --prompts and --chat exclude each other (but --chat may begin with a --prompt).')
+  output = pathlib.Path(values['output']) if values['output'] else None
+  if output and output.exists():
+    raise ValueError(f'--output={output} exists; name another file or remove it first.')
+  asked = records.prompts(values['prompts']) if values['prompts'] else []
+  loaded = build.open_model(config, arguments.workdir, values['model'])
+  if values['prompts']:
+    return _many(loaded, config, asked, output)
+  if values['chat']:
+    return _converse(loaded, config, values['prompt'], values['system'])
+  print(values['prompt'], end='', flush=True)
+  return _one(loaded, config, _tokens(loaded.tokenizer, values['prompt']))
+
+
+def _one(loaded: build.Loaded, config, tokens: list[int]) -> str:
+  """Shows what continues one prompt."""
+  text = text_lib.Text(loaded.tokenizer, tokens, limits.stops(config.generate.stop))
+  for (token,) in _stream(loaded, config, [tokens]):
+    if token == loaded.tokenizer.eos:
+      break
+    print(text.add(token), end='', flush=True)
+    if text.over:
+      break
+  print(text.finish(), flush=True)
+  return text.written
+
+
+def _many(loaded: build.Loaded, config, asked: list[dict], output: pathlib.Path | None) -> list[dict]:
+  """The records with "text": what continues each prompt."""
+  prompts = [_tokens(loaded.tokenizer, record['prompt']) for record in asked]
+  made = []
+  with progress.bar('writing', len(asked)) as bar:
+    for start in range(0, len(asked), config.generate.batch):
+      rows = slice(start, start + config.generate.batch)
+      for record, text in zip(asked[rows], _texts(loaded, config, prompts[rows]), strict=True):
+        made.append({**record, 'text': text})
+        bar.advance()
+  lines = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in made)
+  if output:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(lines, encoding='utf-8')
+  else:
+    print(lines, end='')
+  return made
+
+
+def _texts(loaded: build.Loaded, config, prompts: Sequence[list[int]]) -> list[str]:
+  """What continues each of a batch of prompts."""
+  stops = limits.stops(config.generate.stop)
+  texts = [text_lib.Text(loaded.tokenizer, prompt, stops) for prompt in prompts]
+  for tokens in _stream(loaded, config, prompts):
+    for text, token in zip(texts, tokens, strict=True):
+      if token is not None and token != loaded.tokenizer.eos and not text.over:
+        text.add(token)
+    if all(text.over for text in texts):
+      break
+  for text in texts:
+    text.finish()
+  return [text.written for text in texts]
+
+
+def _converse(loaded: build.Loaded, config, first: str, system: str) -> str:
+  """A conversation; the last answer."""
+  template = chat.template(loaded.tokenizer_from)
+  messages = [{'role': 'system', 'content': system}] if system else []
+  answer, said = '', first or _heard()
+  while said:
+    messages.append({'role': 'user', 'content': said})
+    written = chat.render(template, messages, loaded.tokenizer_from)
+    answer = _one(loaded, config, tokenizer_lib.encode_marked(loaded.tokenizer, written))
+    messages.append({'role': 'assistant', 'content': answer})
+    said = _heard()
+  return answer
+
+
+def _heard() -> str:
+  """A line of standard input; empty at its end."""
+  if sys.stdin.isatty():
+    print('> ', end='', flush=True)
+  return sys.stdin.readline().strip()
+
+
+def _stream(loaded: build.Loaded, config, prompts: Sequence[list[int]]):
+  """`decode.stream` with the config's settings."""
+  settings, eos = config.generate, loaded.tokenizer.eos
+  return decode.stream(
+    loaded.model,
+    loaded.variables,
+    prompts,
+    max_tokens=settings.max_tokens,
+    key=jax.random.key(config.seed),
+    settings=sampling.Sampling(
+      temperature=settings.temperature,
+      top_k=settings.top_k,
+      top_p=settings.top_p,
+      min_p=settings.min_p,
+      penalty=settings.repetition_penalty,
+    ),
+    ends=() if eos is None else (eos,),
+  )
+
+
+def _tokens(tokenizer: tokenizer_lib.Tokenizer, prompt: str) -> list[int]:
+  """The prompt as a document begins: after BOS, where there is one."""
+  tokens = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)
+  if not tokens:
+    raise ValueError('this tokenizer has no BOS to start from: give a --prompt.')
+  return tokens
+
+
+if __name__ == '__main__':
+  cli.run(main, 'generate', sys.argv[1:])
