@@ -1,6 +1,5 @@
 """From a ConfigDict or a directory to what the commands work on: model, weights, tokenizer."""
 
-from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
@@ -14,30 +13,25 @@ import ml_collections
 import numpy as np
 
 from qalora_jax import adapters
+from qalora_jax import bases
 from qalora_jax import checkpoint
 from qalora_jax import config as config_lib
 from qalora_jax import hf
 from qalora_jax import layout
 from qalora_jax import packed
 from qalora_jax import progress
-from qalora_jax import rules
 from qalora_jax import sharding
+from qalora_jax import stored
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import examples
 from qalora_jax.data import records
 from qalora_jax.models import linear
 from qalora_jax.models import llama
-from qalora_jax.quant import affine
-from qalora_jax.quant import codebooks
-from qalora_jax.quant import float4
-from qalora_jax.quant import gptq
-from qalora_jax.quant import method as method_lib
 
 CHECKPOINTS = 'checkpoints'
 # Where `train` keeps a base that it had to calibrate.
 BASE = 'base'
 _BASE_FILE = 'base.json'
-_BEGINNING = ('kind', 'rank', 'alpha', 'pool', 'targets', 'init', 'init_iterations')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +76,11 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
   if config.model.source == 'scratch':
     return abstract_setup(config)
   directory = hf.resolve(config.model.source, config.model.revision)
-  model_config = hf.read_config(directory, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
-  stored = packed.describe(directory) if packed.is_packed(directory) else None
-  return _setup(config, directory, model_config, stored)
+  form = stored.form(directory)
+  model_config = hf.read_config(
+    directory, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat, quantized=form is not None
+  )
+  return _setup(config, directory, model_config, form and form.describe(directory))
 
 
 def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
@@ -96,73 +92,13 @@ def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
   return _setup(config, None, model_config, None)
 
 
-def _setup(config, directory, model_config: llama.ModelConfig, stored: dict | None) -> Setup:
-  model = llama.Llama(model_config, scheme(config, directory, stored))
+def _setup(config, directory, model_config: llama.ModelConfig, forms: dict | None) -> Setup:
+  model = llama.Llama(model_config, bases.scheme(config, directory, forms))
   _check_targets(config, model, directory)
   _check_adapted(config, model)
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   abstract = {'frozen': {}, 'params': {}, **jax.eval_shape(model.init, jax.random.key(0), tokens)}
   return Setup(directory, model, abstract)
-
-
-def scheme(config: ml_collections.ConfigDict, directory=None, stored: dict | None = None) -> linear.Scheme:
-  """What stands where at birth.  `stored`: {weight: form} of the already quantized source in `directory`."""
-  chosen = config.adapter
-  if stored is not None:
-    _check_stored(config.base, stored, directory)
-  if chosen.kind == 'full' and stored:
-    raise ValueError(
-      f'adapter.kind = "full" trains every weight, but those of {config.model.source} are codes; '
-      'use "qalora" or "lora", or a dense model.source.'
-    )
-  adapter = None
-  if chosen.kind in adapters.KINDS:
-    adapter = adapters.Adapter(chosen.kind, chosen.rank, chosen.alpha, chosen.dropout, chosen.pool)
-  choices = dict(adapter=adapter, adapted=chosen.targets, frozen_dtype=jnp.dtype(config.model.frozen_dtype))
-  if stored is not None:
-    return packed.scheme_of(stored, **choices)
-  return linear.Scheme(trains=chosen.kind == 'full', quantizers=quantizers(config.base), **choices)
-
-
-def quantizers(base: ml_collections.ConfigDict) -> tuple[tuple[str, Callable | None], ...]:
-  """(pattern, method) of every rule of the config's base, then of its targets; none where it leaves weights stored."""
-  if base.method == 'stored':
-    return ()
-  flat = rules.flatten(base)
-  exceptions = [(pattern, method(flat | settings)) for pattern, settings in rules.parse(base.rules, flat)]
-  return (*exceptions, (base.targets, method(flat)))
-
-
-def method(flat: dict) -> method_lib.Method | method_lib.QAT | None:
-  """How one weight is quantized; `flat` is config.base flattened, for this weight.  None: it stays dense."""
-  kind = flat['method']
-  if kind == 'dense':
-    return None
-  if kind in codebooks.CODEBOOKS:
-    keys = ('group', 'double', 'scale_dtype')
-    quantizer = float4.Float4(kind=kind, **{key: flat[key] for key in keys})
-  else:
-    quantizer = affine.Affine(**{field.name: flat[field.name] for field in dataclasses.fields(affine.Affine)})
-  if kind == 'qat':
-    return method_lib.QAT(quantizer, learned=flat['scales'] == 'learned')
-  options = None
-  if kind == 'gptq':
-    options = gptq.GPTQ(**{field.name: flat[f'gptq.{field.name}'] for field in dataclasses.fields(gptq.GPTQ)})
-  return method_lib.Method(quantizer, options, flat['refine_damping'] if flat['refine'] else None)
-
-
-def needs_quantize(config: ml_collections.ConfigDict) -> bool:
-  """Whether the config's base takes more than reading and rounding each weight: `qalora quantize` makes it."""
-  needs = [getattr(method, 'calibrated', False) for _, method in quantizers(config.base)]
-  chooses = config.base.budget and config.base.method != 'stored'
-  return any(needs) or bool(chooses) or config.adapter.init != 'zero'
-
-
-def base_settings(config: ml_collections.ConfigDict) -> dict:
-  """All that decides what `qalora quantize` makes of the config."""
-  model = {key: config.model[key] for key in ('source', 'revision', 'dtype', 'frozen_dtype')}
-  parts = {key: config[key].to_dict() for key in ('base', 'calibration')}
-  return {'model': model, **parts, 'adapter': beginning(config), 'seed': config.seed}
 
 
 def prepared(config: ml_collections.ConfigDict, workdir) -> ml_collections.ConfigDict:
@@ -171,10 +107,10 @@ def prepared(config: ml_collections.ConfigDict, workdir) -> ml_collections.Confi
   Raises ValueError where that base was made otherwise than the config says.
   """
   base = pathlib.Path(workdir) / BASE
-  if not (needs_quantize(config) and packed.is_packed(base)):
+  if not (bases.needs_quantize(config) and packed.holds(base)):
     return config
   # Through JSON, as the manifest went.
-  now, then = json.loads(json.dumps(base_settings(config))), packed.manifest(base)['provenance'].get('settings')
+  now, then = json.loads(json.dumps(bases.settings(config))), packed.manifest(base)['provenance'].get('settings')
   if now != then:
     changed = config_lib.differences(then or {}, now)
     raise ValueError(f'{base} was made otherwise: {"; ".join(changed)}. Remove it, or choose another --workdir.')
@@ -183,28 +119,12 @@ def prepared(config: ml_collections.ConfigDict, workdir) -> ml_collections.Confi
   return config
 
 
-def _check_stored(base, stored: dict, directory) -> None:
-  """ValueError where the config asks for another quantization than the directory holds; 'stored' asks for none."""
-  if base.method == 'stored':
-    return
-  made = packed.manifest(directory)['provenance'].get('base')
-  found = sorted({(form.bits, form.group, form.levels) for form in stored.values()})
-  levels = base.method if base.method in codebooks.CODEBOOKS else 'integer'
-  same = base.to_dict() == made if made else found == [(base.bits, base.group, levels)]
-  if not same:
-    changed = config_lib.differences(made, base) if made else [f'(bits, group, levels) = {found}']
-    raise ValueError(
-      f'{directory} is already quantized, otherwise than the config asks for: {"; ".join(changed)}. '
-      'Set base.method = "stored" to take it as it is, or quantize a dense source.'
-    )
-
-
 def _check_targets(config, model: llama.Llama, directory) -> None:
   """ValueError where a pattern of targets or rules selects nothing."""
   names = list(layout.weights(model.config))
   stated = []
-  if directory is None or not packed.is_packed(directory):
-    stated = [('base.targets' if last else 'base.rules', pattern) for pattern, last in _patterns(config.base)]
+  if directory is None or not stored.is_quantized(directory):
+    stated = [('base.targets' if last else 'base.rules', pattern) for pattern, last in bases.patterns(config.base)]
   if config.adapter.kind in adapters.KINDS:
     stated.append(('adapter.targets', config.adapter.targets))
   for key, pattern in stated:
@@ -230,12 +150,6 @@ def _check_adapted(config, model: llama.Llama) -> None:
       f'adapter.init = {chosen.init!r} makes good what quantization lost, and {dense[0]} is dense: keep '
       'adapter.targets within what base.targets and base.rules quantize, or set adapter.init = "pissa" or "zero".'
     )
-
-
-def _patterns(base) -> list[tuple[str, bool]]:
-  """(pattern, whether it is base.targets) of all that says where quantizers act."""
-  patterns = [pattern for pattern, _ in quantizers(base)]
-  return [(pattern, index == len(patterns) - 1) for index, pattern in enumerate(patterns)]
 
 
 def tokenizer(config: ml_collections.ConfigDict, built: Setup) -> tokenizer_lib.Tokenizer:
@@ -286,9 +200,8 @@ def load_weights(built: Setup) -> dict:
   """The source's weights on the host, quantized as the scheme says while they are read."""
   config, scheme_ = built.model.config, built.model.scheme
   with progress.bar('reading weights', config.num_hidden_layers) as bar:
-    if packed.is_packed(built.directory):
-      return packed.load(built.directory, config, scheme_, progress=bar.advance)
-    return hf.load(built.directory, config, scheme_, progress=bar.advance)
+    form = stored.form(built.directory) or hf
+    return form.load(built.directory, config, scheme_, progress=bar.advance)
 
 
 def variables(
@@ -317,16 +230,10 @@ def variables(
     # The compiler drops the frozen weights that init would draw, so only the adapters are made.
     params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
   else:
-    packed.check_beginning(built.directory, begins)
+    stored.check_beginning(built.directory, begins)
     begun = packed.load_adapter(built.directory, built.shapes['params'])
     params = jax.device_put(begun, at['params'])
   return {'frozen': jax.device_put(weights, at['frozen']), 'params': params}
-
-
-def beginning(config: ml_collections.ConfigDict) -> dict | None:
-  """What says how adapters begin that do not begin at zero; None where they do."""
-  chosen = config.adapter.to_dict()
-  return None if chosen['init'] == 'zero' else {key: chosen[key] for key in _BEGINNING}
 
 
 def fingerprint(frozen: dict) -> int:
@@ -389,11 +296,11 @@ def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
     )
   directory = hf.resolve(name, config.model.revision)
   begins = None
-  if packed.is_packed(directory):
+  if packed.holds(directory):
     # With the adapter that makes good what the base lost, if it was quantized with one.
     if begins := packed.manifest(directory).get('adapter'):
       config.adapter.update(begins)
-  elif needs_quantize(config):
+  elif bases.needs_quantize(config) and not stored.is_quantized(directory):
     raise ValueError(
       f'{name} is dense, and the base that the config asks for takes more than rounding: run `qalora quantize` with '
       'this config, then name its directory as model.source (or by --model).'

@@ -38,7 +38,6 @@ _FIXED = {
   'attention_bias': False,
   'mlp_bias': False,
   'partial_rotary_factor': 1.0,
-  'quantization_config': None,
 }
 
 
@@ -69,8 +68,10 @@ def resolve(source, revision: str = 'main') -> pathlib.Path:
   return pathlib.Path(found)
 
 
-def read_config(directory, *, dtype=jnp.float32, remat: str = 'none') -> llama.ModelConfig:
+def read_config(directory, *, dtype=jnp.float32, remat: str = 'none', quantized: bool = False) -> llama.ModelConfig:
   """The model that config.json describes, with this `dtype` of the arithmetic and this `remat`.
+
+  `quantized`: its weights may be quantized in a form that another module reads.
 
   Raises FileNotFoundError without the file, ValueError for another family or a LLaMA that ModelConfig cannot say.
   """
@@ -88,6 +89,11 @@ def read_config(directory, *, dtype=jnp.float32, remat: str = 'none') -> llama.M
   for key, value in _FIXED.items():
     if raw.get(key, value) != value:
       raise ValueError(f'{file}: {key} = {raw[key]!r}; only {value!r} is supported.')
+  if raw.get('quantization_config') and not quantized:
+    method = raw['quantization_config'].get('quant_method', 'unknown')
+    raise ValueError(
+      f'{file}: quantization_config is of quant_method {method!r}; the weights have to be dense, or GPTQ\'s ("gptq").'
+    )
   theta, scaling = _rope(file, raw)
   stated = {key: raw[key] for key in (*_REQUIRED, *_OPTIONAL) if raw.get(key) is not None}
   # Before LLaMA 2 the file did not say it: every head had its own keys and values.
@@ -178,7 +184,7 @@ class Source:
       for path, names in layout.names(self._config).items()
       for name in names
     }
-    ignored = functools.partial(_ignored, self._config)
+    ignored = functools.partial(is_ignored, self._config)
     tensors.check(self._directory, self._found, wanted, [*self._problems, *problems], ignored)
 
   def read(self, path: str, name: str) -> np.ndarray:
@@ -266,7 +272,7 @@ def _blank(quantizer, shape: tuple[int, ...], dtype, name: str):
   return jax.eval_shape(functools.partial(quantizer, name=name), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def _ignored(config: llama.ModelConfig, name: str) -> bool:
+def is_ignored(config: llama.ModelConfig, name: str) -> bool:
   """Tensors that say nothing: old checkpoints' rotary frequencies, and the second copy of a tied head."""
   return name.endswith('.rotary_emb.inv_freq') or (
     config.tie_word_embeddings and name == layout.NAMES['lm_head/kernel']

@@ -109,7 +109,9 @@ def problems(values):
   wrong = [_not_a_choice(key, values[key], words) for key, words in CHOICES.items() if values[key] not in words]
   outside = [key for key, (_, holds) in RANGES.items() if not holds(values[key])]
   wrong += [f'{key} = {values[key]!r}: must be {RANGES[key][0]}' for key in outside]
-  return wrong + _bad_stops(values) + _bad_targets(values) + _bad_rules(values) + _bad_combinations(values, set(outside))
+  return (
+    wrong + _bad_stops(values) + _bad_targets(values) + _bad_rules(values) + _bad_combinations(values, set(outside))
+  )
 
 
 def stops(value: str) -> tuple[str, ...]:

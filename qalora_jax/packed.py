@@ -49,7 +49,7 @@ _CHOICES = {
 }
 
 
-def is_packed(directory) -> bool:
+def holds(directory) -> bool:
   """Whether `directory` was written by `write`."""
   return (pathlib.Path(directory) / MANIFEST).is_file()
 

@@ -7,6 +7,7 @@ import sys
 import jax
 
 from qalora_jax import adapters
+from qalora_jax import bases
 from qalora_jax import build
 from qalora_jax import calibrate
 from qalora_jax import cli
@@ -17,6 +18,7 @@ from qalora_jax import packed
 from qalora_jax import progress
 from qalora_jax import quant
 from qalora_jax import report
+from qalora_jax import stored
 from qalora_jax import tensors
 from qalora_jax.data import calibration
 from qalora_jax.data import records
@@ -59,7 +61,7 @@ def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
   workdir = pathlib.Path(workdir)
   tensors.refuse_existing(workdir)
   built = build.setup(config)
-  if packed.is_packed(built.directory):
+  if stored.is_quantized(built.directory):
     raise ValueError(f'{built.directory} is already quantized; start from its dense source.')
   tokens, scheme = build.tokenizer(config, built), built.model.scheme
   samples, beginning = _samples(config, built, tokens), None
@@ -68,7 +70,7 @@ def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
       raise ValueError('adapter.targets selects lm_head, which begins at zero only: leave it out or set adapter.init.')
     beginning = calibrate.Beginning(config.adapter.init, config.adapter.init_iterations, config.seed)
   partial = workdir.absolute().parent / f'.{workdir.name}.unfinished'
-  settings = build.base_settings(config)
+  settings = bases.settings(config)
   model = built.model.config
   with progress.bar('quantizing layers', model.num_hidden_layers) as bar:
     result = calibrate.quantize(
@@ -92,7 +94,7 @@ def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
       model,
       result.frozen,
       provenance=provenance,
-      adapter=(build.beginning(config), result.params) if beginning else None,
+      adapter=(bases.beginning(config), result.params) if beginning else None,
       tokenizer_from=build.tokenizer_directory(config, built.directory),
       bos=tokens.bos,
       eos=tokens.eos,

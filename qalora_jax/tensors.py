@@ -18,7 +18,14 @@ from safetensors import numpy as safetensors_numpy
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 # The dtypes that are read, under safetensors' names.
-DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'U32': np.uint32, 'U8': np.uint8}
+DTYPES = {
+  'F32': np.float32,
+  'F16': np.float16,
+  'BF16': ml_dtypes.bfloat16,
+  'U32': np.uint32,
+  'I32': np.int32,
+  'U8': np.uint8,
+}
 _PICKLES = ('*.bin', '*.pth', '*.pt')
 _NAMED_AT_MOST = 8
 
@@ -48,7 +55,7 @@ def headers(directory) -> tuple[dict[str, Header], list[str]]:
   files, index = _files(pathlib.Path(directory))
   found, problems = {}, []
   for file in files:
-    for name, header in _headers_of(file).items():
+    for name, header in headers_of(file).items():
       if name in found:
         problems.append(f'{name} is in {found[name].file.name} and again in {file.name}')
       found[name] = header
@@ -189,7 +196,8 @@ def _pickles(directory: pathlib.Path) -> str:
   )
 
 
-def _headers_of(file: pathlib.Path) -> dict[str, Header]:
+def headers_of(file: pathlib.Path) -> dict[str, Header]:
+  """Every tensor of one safetensors file as it is announced; ValueError where the file is damaged."""
   with _open(file) as opened:
     slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - the handle is no mapping
     return {name: Header(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}

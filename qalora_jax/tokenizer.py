@@ -63,7 +63,7 @@ def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
   if not tokenizer.marks:
     return tokenizer.encode(text)
   ids = []
-  for part in re.split(f"({'|'.join(map(re.escape, tokenizer.marks))})", text):
+  for part in re.split(f'({"|".join(map(re.escape, tokenizer.marks))})', text):
     if part:
       ids += [tokenizer.marks[part]] if part in tokenizer.marks else tokenizer.encode(part)
   return ids

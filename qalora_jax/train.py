@@ -12,6 +12,7 @@ import numpy as np
 import tensorboardX
 
 from qalora_jax import adapters
+from qalora_jax import bases
 from qalora_jax import build
 from qalora_jax import checkpoint
 from qalora_jax import cli
@@ -23,6 +24,7 @@ from qalora_jax import quant
 from qalora_jax import quantize
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
+from qalora_jax import stored
 from qalora_jax.data import batches
 from qalora_jax.evaluate import perplexity
 
@@ -63,9 +65,9 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
     seed=config.seed,
   )
   validation = build.encode(config, config.data.validation, tokenizer) if config.data.validation.path else []
-  begins = build.beginning(config)
-  if built.directory is not None and packed.is_packed(built.directory) and config.adapter.kind in adapters.KINDS:
-    packed.check_beginning(built.directory, begins)
+  begins = bases.beginning(config)
+  if built.directory is not None and stored.is_quantized(built.directory) and config.adapter.kind in adapters.KINDS:
+    stored.check_beginning(built.directory, begins)
   if not replace_config:
     config_lib.save(config, workdir)
   built = _with_base(config, workdir, built)
@@ -120,9 +122,9 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
 
 def _with_base(config, workdir: pathlib.Path, built: build.Setup) -> build.Setup:
   """`built`, or, where the base has to be calibrated, what is built on the one in the workdir, which is made once."""
-  if built.directory is None or packed.is_packed(built.directory) or not build.needs_quantize(config):
+  if built.directory is None or stored.is_quantized(built.directory) or not bases.needs_quantize(config):
     return built
-  if not packed.is_packed(workdir / build.BASE):
+  if not packed.holds(workdir / build.BASE):
     quantize.quantize(config, workdir / build.BASE)
   return build.setup(build.prepared(config, workdir))
 

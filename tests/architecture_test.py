@@ -15,19 +15,38 @@ LAYERS = (
   ('adapters',),
   ('models',),
   ('step', 'optim', 'sharding'),
-  ('layout', 'tensors', 'hf', 'packed', 'tokenizer', 'data', 'checkpoint'),
+  ('layout', 'tensors', 'hf', 'packed', 'gptq_files', 'stored', 'bitstream', 'peft', 'tokenizer', 'data', 'checkpoint'),
   ('evaluate', 'export', 'generate', 'report', 'inspection', 'calibrate'),
-  ('config', 'cli', 'build'),
+  ('config', 'cli', 'bases', 'build'),
   ('evaluate.command', 'export.command', 'generate.command'),
   ('quantize',),
   ('train',),
   ('__main__', 'evaluate.__main__', 'export.__main__', 'generate.__main__'),
 )
 # The only rooms that read a ConfigDict.
-DOORS = {'config', 'cli', 'build', 'train', 'quantize', 'generate.command', 'evaluate.command', 'export.command'}
+DOORS = {
+  'config',
+  'cli',
+  'bases',
+  'build',
+  'train',
+  'quantize',
+  'generate.command',
+  'evaluate.command',
+  'export.command',
+}
 # These run wherever jax, flax and optax do.
 PURE = ('quant', 'kernels', 'adapters', 'models', 'step')
-NOT_PURE = {'grain', 'ml_collections', 'orbax', 'safetensors', 'sentencepiece', 'tokenizers', 'huggingface_hub', 'jinja2'}
+NOT_PURE = {
+  'grain',
+  'ml_collections',
+  'orbax',
+  'safetensors',
+  'sentencepiece',
+  'tokenizers',
+  'huggingface_hub',
+  'jinja2',
+}
 NO_NOUN = {'utils', 'util', 'common', 'misc', 'core', 'helpers'}
 
 

@@ -7,13 +7,13 @@ import pytest
 
 from qalora_jax import build
 from qalora_jax import config as config_lib
-from qalora_jax.generate import command as generate
 from qalora_jax import hf
 from qalora_jax import quant
 from qalora_jax import sharding
 from qalora_jax.adapters import qalora
 from qalora_jax.evaluate import command as evaluate
 from qalora_jax.export import merge
+from qalora_jax.generate import command as generate
 from qalora_jax.kernels import reference
 from qalora_jax.quant import qtensor
 

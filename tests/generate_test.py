@@ -156,7 +156,9 @@ def test_text_ends_at_the_window():
   assert got == [list(range(3, WINDOW)), list(range(1, WINDOW))]
 
 
-@pytest.mark.parametrize('prompt, message', [([0] * WINDOW, 'the prompt has 16 tokens.*window of 16'), ([], 'no token')])
+@pytest.mark.parametrize(
+  'prompt, message', [([0] * WINDOW, 'the prompt has 16 tokens.*window of 16'), ([], 'no token')]
+)
 def test_a_prompt_that_leaves_nothing_to_do_is_refused(prompt, message):
   with pytest.raises(ValueError, match=message):
     written(chain(0), [[0], prompt])

@@ -53,7 +53,7 @@ def written(tmp_path):
 def test_what_is_written_comes_back_bit_for_bit(tmp_path, bits):
   tree = quantized(bits)
   packed.write(tmp_path / 'out', CONFIG, tree, provenance={})
-  assert packed.is_packed(tmp_path / 'out')
+  assert packed.holds(tmp_path / 'out')
   assert hf.read_config(tmp_path / 'out') == CONFIG
   small_llama.same(packed.load(tmp_path / 'out', CONFIG), tree)
 
@@ -80,7 +80,7 @@ def test_every_stored_dtype_comes_back(tmp_path):
 def test_real_weights_quantized_while_read(assets, tmp_path):
   source = assets / 'models' / 'babyllama_tok105'
   config = hf.read_config(source)
-  assert not packed.is_packed(source)
+  assert not packed.holds(source)
   tree = hf.load(source, config, linear.Scheme(quantizers=(('all', affine.Affine(3, 32)),)))
   packed.write(tmp_path / 'out', config, tree, provenance={'source': source.name}, tokenizer_from=source)
   small_llama.same(packed.load(tmp_path / 'out', config), tree)
@@ -182,7 +182,7 @@ def test_manifests_that_cannot_be_are_refused(written, change, message):
 
 def test_a_directory_without_a_manifest_is_refused(written):
   (written / packed.MANIFEST).unlink()
-  assert not packed.is_packed(written)
+  assert not packed.holds(written)
   with pytest.raises(FileNotFoundError, match='has no qalora.json'):
     packed.load(written, CONFIG)
 

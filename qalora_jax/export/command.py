@@ -9,19 +9,21 @@ from qalora_jax import quant
 from qalora_jax import tensors
 from qalora_jax.export import dense
 from qalora_jax.export import gguf
+from qalora_jax.export import gptq
 from qalora_jax.export import job as job_lib
 from qalora_jax.export import merge
 from qalora_jax.export import mlx
 from qalora_jax.export import own
 
 # Modules of one shape: DTYPES, check(job), write(directory, job, progress), verify(directory, job, progress).
-FORMATS = {'qalora': own, 'hf': dense, 'mlx': mlx, 'gguf': gguf}
+FORMATS = {'qalora': own, 'hf': dense, 'mlx': mlx, 'gguf': gguf, 'hf-gptq': gptq}
 SUMMARY = (
   'Merges the run in --workdir (or takes --model) and writes it to --output.\n'
   '--format=qalora: still quantized, loads again here.  --format=mlx: still quantized, for mlx_lm.\n'
   '--format=gguf: 4 bits, for llama.cpp.  --format=hf: dense, any Hugging Face program loads it.\n'
-  'A merge whose logits differ from the adapted model by more than rounding is not written, nor is a directory that its\n'
-  "format's own library does not read back.  What QAT trained is written in the codes that it was trained with."
+  '--format=hf-gptq: still quantized, where offsets are integer zero-points.\n'
+  'A merge whose logits differ from the adapted model by more than rounding is not written, nor is a directory that\n'
+  'is not read back as it was.  What QAT trained is written in the codes that it was trained with.'
 )
 
 
@@ -33,6 +35,7 @@ def main(argv=None) -> None:
     config_lib.Flag('output', 'string', '', 'Directory to write (default: WORKDIR/export_FORMAT).'),
     config_lib.Flag('dtype', 'string', 'float32', 'Of what is dense: float32, bfloat16, float16, or q8_0 (gguf).'),
     config_lib.Flag('dense', 'bool', False, 'gguf: write matrices that it cannot hold in their bits dense.'),
+    config_lib.Flag('allow_lossy', 'bool', False, 'hf-gptq: round offsets to integer zero-points.'),
   )
   arguments = config_lib.parse('export', argv, summary=SUMMARY, extra_flags=flags)
   values = arguments.values
@@ -47,7 +50,15 @@ def main(argv=None) -> None:
   output = pathlib.Path(values['output'] or pathlib.Path(arguments.workdir) / f'export_{chosen}')
   tensors.refuse_existing(output)
   loaded = build.open_model(arguments.config, arguments.workdir, values['model'])
-  export(loaded, arguments.config, output, format=chosen, dtype=values['dtype'], widen=values['dense'])
+  export(
+    loaded,
+    arguments.config,
+    output,
+    format=chosen,
+    dtype=values['dtype'],
+    widen=values['dense'],
+    lossy=values['allow_lossy'],
+  )
 
 
 def export(loaded: build.Loaded, config, output: pathlib.Path, *, format: str, **choices) -> None:

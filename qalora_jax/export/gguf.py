@@ -28,15 +28,10 @@ FILE = 'model.gguf'
 BLOCK = 32
 DTYPES = ('float32', 'float16', 'bfloat16', 'q8_0')
 _DENSE = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}
-# What splits a text into words before its byte pairs are merged: {regular expression of tokenizer.json: llama.cpp's name}.
-_WORDS = {
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-    'llama-bpe'
-  ),
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-    'qwen2'
-  ),
-}
+# What splits a text into words before its byte pairs are merged, {regular expression of tokenizer.json: llama.cpp's
+# name}; LLaMA 3 takes up to three digits together, Qwen 2 one.
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = {_SPLIT % r'\p{N}{1,3}': 'llama-bpe', _SPLIT % r'\p{N}': 'qwen2'}
 
 
 def check(job: job_lib.Job) -> None:
@@ -87,7 +82,7 @@ def write(directory, job: job_lib.Job, progress: Callable[[], None] | None = Non
 
 def verify(directory, job: job_lib.Job, progress: Callable[[], None] | None = None) -> verify_lib.Verified:
   """Reads every weight back by the gguf package; ValueError where one differs by more than rounding."""
-  gguf, config, dtype = library(), job.config, job.dtype
+  gguf, config = library(), job.config
   found = {tensor.name: tensor for tensor in gguf.GGUFReader(pathlib.Path(directory) / FILE).tensors}
 
   def read(path, name):
@@ -96,16 +91,22 @@ def verify(directory, job: job_lib.Job, progress: Callable[[], None] | None = No
     value = _turned(config, name, value.reshape(tensor.shape[::-1].tolist()), back=True)
     return value.T if layout.is_matrix(path) else value
 
+  # Half a step of float16, and below its normal numbers half of its smallest step.
+  half, least = float(np.finfo(np.float16).eps) / 2, float(np.finfo(np.float16).smallest_subnormal)
+
   def allowed(path, leaf):
-    # Half a step of float16 in scale and offset, and below its normal numbers half of its smallest step.
-    half, least = float(np.finfo(np.float16).eps), float(np.finfo(np.float16).smallest_subnormal)
-    if isinstance(leaf, qtensor.QTensor):
-      return verify_lib.rounding(leaf, half) + 2.0**leaf.bits * least
-    if leaf.ndim < 2 or dtype == 'float32':
-      return 0.0
-    if dtype == 'q8_0':
-      return verify_lib.blockwise(leaf.T, BLOCK).T * (0.5 / 127 + half) + 127 * least
-    return verify_lib.rounding(leaf, half if dtype == 'float16' else 2.0**-8) + least
+    written = kind(leaf, job.dtype, job.widen)
+    if isinstance(leaf, qtensor.QTensor) and written == _block(leaf):
+      # Scale and offset are rounded, and once more the sum in which m = offset - 8 * scale is made.
+      return verify_lib.rounding(leaf, 2 * half) + 2.0**leaf.bits * least
+    value = verify_lib.dense(leaf)
+    if written == 'Q8_0':
+      rows = value.T if layout.is_matrix(path) else value
+      size = np.repeat(np.abs(rows).reshape(*rows.shape[:-1], -1, BLOCK).max(-1), BLOCK, axis=-1)
+      # Half a step of 1 / 127 of the block's largest entry, and the rounding of that step.
+      step = size * (0.5 / 127 + 2 * half) + 127 * least
+      return step.T if layout.is_matrix(path) else step
+    return np.abs(value) * {'F32': 0.0, 'F16': half, 'BF16': 2.0**-8}[written] + least
 
   return verify_lib.verify(config, job.tree, 'gguf', read, allowed, progress)
 
@@ -115,7 +116,9 @@ def library():
   try:
     import gguf
   except ImportError as error:
-    raise ValueError(f'the gguf package is needed, and does not load ({error}): pip install "qalora_jax[gguf]".') from error
+    raise ValueError(
+      f'the gguf package is needed, and does not load ({error}): pip install "qalora_jax[gguf]".'
+    ) from error
   return gguf
 
 
@@ -256,7 +259,11 @@ def _add_tokenizer(writer, gguf, job: job_lib.Job) -> None:
     writer.add_token_merges(found.merges)
   writer.add_add_bos_token(job.bos is not None)
   writer.add_add_eos_token(False)
-  ids = ((writer.add_bos_token_id, job.bos), (writer.add_eos_token_id, job.eos), (writer.add_unk_token_id, found.unknown))
+  ids = (
+    (writer.add_bos_token_id, job.bos),
+    (writer.add_eos_token_id, job.eos),
+    (writer.add_unk_token_id, found.unknown),
+  )
   for add, token in ids:
     if token is not None:
       add(token)
@@ -289,8 +296,8 @@ def _byte_pairs(file: pathlib.Path) -> Vocabulary:
   words, model = _words(stated), stated.get('model', {})
   if model.get('type') != 'BPE' or words is None or stated.get('normalizer'):
     raise ValueError(
-      f'{file}: llama.cpp knows byte-level BPE with the words of GPT-2, LLaMA 3 or Qwen 2, and this is none of them: put '
-      'the tokenizer.model beside it if there is one, or write --format=mlx or hf.'
+      f'{file}: llama.cpp knows byte-level BPE with the words of GPT-2, LLaMA 3 or Qwen 2, and this is none of them: '
+      'put the tokenizer.model beside it if there is one, or write --format=mlx or hf.'
     )
   added = {token['id']: token for token in stated.get('added_tokens', [])}
   named = {index: token for token, index in model['vocab'].items()}

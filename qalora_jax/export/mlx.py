@@ -14,6 +14,7 @@ import pathlib
 import jax
 import numpy as np
 
+from qalora_jax import bitstream
 from qalora_jax import hf
 from qalora_jax import layout
 from qalora_jax import tensors
@@ -37,7 +38,7 @@ def check(job: job_lib.Job) -> None:
       )
     if _group(leaf) is None:
       raise ValueError(
-        f'{name} has groups of {leaf.group} inputs; MLX knows {", ".join(map(str, _GROUPS[::-1]))} and their multiples: '
+        f'{name} has groups of {leaf.group} inputs; MLX knows {", ".join(map(str, _GROUPS[::-1]))} and multiples: '
         'quantize with one of them, or write --format=qalora.'
       )
 
@@ -54,9 +55,7 @@ def write(directory, job: job_lib.Job, progress: Callable[[], None] | None = Non
         yield name, hf.cast(leaf.T if layout.is_matrix(path) else leaf, job.dtype, name)
 
   more = quantization(forms)
-  hf.publish(
-    directory, job.config, named(), dtype=job.dtype, shard_bytes=hf.SHARD_BYTES, more=more, **job.tokenizer
-  )
+  hf.publish(directory, job.config, named(), dtype=job.dtype, shard_bytes=hf.SHARD_BYTES, more=more, **job.tokenizer)
 
 
 def quantization(forms: dict[str, tuple[int, int]]) -> dict:
@@ -118,7 +117,7 @@ def _tensors(module: str, q: qtensor.QTensor, dtype: str):
   """(name, tensor) of the three tensors of a matrix."""
   codes, scale, bias = (np.asarray(part) for part in _unsigned(q))
   times = q.group // _group(q)
-  yield f'{module}.weight', pack(codes.T, q.bits)
+  yield f'{module}.weight', bitstream.pack(codes.T, q.bits)
   for name, value in (('scales', scale), ('biases', bias)):
     yield f'{module}.{name}', hf.cast(np.repeat(value, times, axis=0).T, dtype, f'{module}.{name}')
 
@@ -129,10 +128,3 @@ def _unsigned(q: qtensor.QTensor):
   zero = 2 ** (q.bits - 1)
   scale = qtensor.scales(q)
   return (qtensor.codes(q) + zero).astype('uint8'), scale, qtensor.offsets(q) - zero * scale
-
-
-def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-  """[O, I] unsigned codes -> [O, I * bits / 32] uint32, each in `bits` consecutive bits from the lowest up."""
-  spread = (codes[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
-  packed = np.packbits(spread.reshape(codes.shape[0], -1), axis=-1, bitorder='little')
-  return np.ascontiguousarray(packed).view('<u4')

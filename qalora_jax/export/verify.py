@@ -39,7 +39,8 @@ def verify(
 ) -> Verified:
   """Compares read(path, name), a matrix as [inputs, outputs], with every weight of `tree`, one at a time.
 
-  `allowed(path, leaf)` is the rounding of the format, entry by entry.  Raises ValueError where a weight differs by more.
+  `allowed(path, leaf)` is the rounding of the format, entry by entry.  Raises ValueError where a weight differs by
+  more.
   """
   count, equal, largest, furthest = 0, 0, 0.0, ''
   for path, name, leaf in layout.parts(config, tree, progress):
@@ -83,9 +84,3 @@ def _magnitude(q: qtensor.QTensor):
   """|scale| * 2^bits + |offset| of every entry [I, O]: what bounds each term of its sum, whatever the zero of codes."""
   size = jnp.abs(qtensor.scales(q)) * 2.0**q.bits + jnp.abs(qtensor.offsets(q))
   return jnp.repeat(size, q.group, axis=-2)
-
-
-def blockwise(w: np.ndarray, block: int) -> np.ndarray:
-  """The largest magnitude of every block of `block` neighbours along the last axis, at each of them."""
-  size = np.abs(w).reshape(*w.shape[:-1], -1, block).max(-1)
-  return np.repeat(size, block, axis=-1)

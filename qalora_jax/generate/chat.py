@@ -1,7 +1,7 @@
 """Chat templates: a conversation as the text that the model was taught to continue.
 
-Templates are programs in Jinja that come with a checkpoint, so they run in a sandbox: no attribute that leads out of the
-conversation, no change to what they are given.
+Templates are programs in Jinja that come with a checkpoint, so they run in a sandbox: no attribute that leads out of
+the conversation, no change to what they are given.
 """
 
 import datetime
@@ -19,8 +19,8 @@ def template(directory) -> str:
   found = tokenizer.chat_template(directory)
   if not isinstance(found, str):
     raise ValueError(
-      f'{directory} has no chat template (chat_template.jinja, or "chat_template" in tokenizer_config.json): add the one '
-      'that the model was taught with, or use --prompt.'
+      f'{directory} has no chat template (chat_template.jinja, or "chat_template" in tokenizer_config.json): add the '
+      'one that the model was taught with, or use --prompt.'
     )
   return found
 

@@ -22,8 +22,8 @@ from qalora_jax.generate import text as text_lib
 SUMMARY = (
   'Continues --prompt with the model: --model, else the run in --workdir, else config.model.source.\n'
   '--chat: a conversation, your words from standard input, in the chat template of the tokenizer.\n'
-  '--prompts: every record of a JSONL file ({"prompt": ...} a line), config.generate.batch at a time; records with the\n'
-  'text that was written go to --output, or to standard output.\n'
+  '--prompts: every record of a JSONL file ({"prompt": ...} a line), config.generate.batch at a time; they go to\n'
+  '--output, or to standard output, with the text that was written.\n'
   'config.generate holds length, sampling and stop strings; config.seed the draws.'
 )
 

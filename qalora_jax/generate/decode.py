@@ -17,6 +17,7 @@ from qalora_jax.models import llama
 
 # Prompts and caches are padded to multiples of this many tokens, so that texts of many lengths share few programs.
 _STEP = 64
+_GREEDY = sampling.Sampling()
 
 
 def stream(
@@ -26,7 +27,7 @@ def stream(
   *,
   max_tokens: int,
   key,
-  settings: sampling.Sampling = sampling.Sampling(),
+  settings: sampling.Sampling = _GREEDY,
   ends: Sequence[int] = (),
 ) -> Iterator[list[int | None]]:
   """Yields, at every step, the next token of every row, None where the row is over; ends when all are.
