@@ -156,6 +156,9 @@ def get_config():
       # singular directions of the weight leave the base for the adapter), 'loftq' (base and adapter fitted in turn),
       # 'calibrated' (least output error on calibration inputs, in closed form).
       init='zero',
+      # A directory of PEFT (adapter_config.json, adapter_model.safetensors) whose LoRA or QA-LoRA adapter is trained
+      # on; kind, rank, alpha, dropout, pool and targets are then that adapter's.
+      source='',
       # loftq: times that base and adapter are fitted in turn.
       init_iterations=5,
       # qalora only: 'sum' (paper, Algorithm 1) or 'mean' (released code: the update is `group` times weaker).

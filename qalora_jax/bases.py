@@ -30,13 +30,16 @@ def scheme(config: ml_collections.ConfigDict, directory=None, stored: dict | Non
       f'adapter.kind = "full" trains every weight, but those of {config.model.source} are codes; '
       'use "qalora" or "lora", or a dense model.source.'
     )
-  adapter = None
-  if chosen.kind in adapters.KINDS:
-    adapter = adapters.Adapter(chosen.kind, chosen.rank, chosen.alpha, chosen.dropout, chosen.pool)
-  choices = dict(adapter=adapter, adapted=chosen.targets, frozen_dtype=jnp.dtype(config.model.frozen_dtype))
+  own = adapter(chosen) if chosen.kind in adapters.KINDS else None
+  choices = dict(adapter=own, adapted=chosen.targets, frozen_dtype=jnp.dtype(config.model.frozen_dtype))
   if stored is not None:
     return packed.scheme_of(stored, **choices)
   return linear.Scheme(trains=chosen.kind == 'full', quantizers=quantizers(config.base), **choices)
+
+
+def adapter(chosen) -> adapters.Adapter:
+  """The adapter that config.adapter (or a dict of its keys) describes."""
+  return adapters.Adapter(**{key: chosen[key] for key in ('kind', 'rank', 'alpha', 'dropout', 'pool')})
 
 
 def quantizers(base: ml_collections.ConfigDict) -> tuple[tuple[str, Callable | None], ...]:

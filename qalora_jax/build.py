@@ -19,6 +19,7 @@ from qalora_jax import config as config_lib
 from qalora_jax import hf
 from qalora_jax import layout
 from qalora_jax import packed
+from qalora_jax import peft
 from qalora_jax import progress
 from qalora_jax import sharding
 from qalora_jax import stored
@@ -204,13 +205,31 @@ def load_weights(built: Setup) -> dict:
     return form.load(built.directory, config, scheme_, progress=bar.advance)
 
 
+def adopted(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config with the kind, rank, alpha, ... of the adapter in config.adapter.source, where it names one."""
+  if not config.adapter.source:
+    return config
+  config = config.copy_and_resolve_references()
+  directory = hf.resolve(config.model.source, config.model.revision)
+  model_config = hf.read_config(directory, quantized=stored.is_quantized(directory))
+  config.adapter.update(peft.describe(config.adapter.source, model_config))
+  return config
+
+
 def variables(
-  built: Setup, mesh: jax.sharding.Mesh, seed: int, fallback: str = 'error', workdir=None, begins: dict | None = None
+  built: Setup,
+  mesh: jax.sharding.Mesh,
+  seed: int,
+  fallback: str = 'error',
+  workdir=None,
+  begins: dict | None = None,
+  adapter_from: str = '',
 ) -> dict:
   """The model's collections on the mesh: weights from the source (or drawn, from scratch), adapters drawn from seed.
 
-  With `workdir`, frozen weights must be those its run began with (`check_base`).  With `begins` (see `beginning`) the
-  adapters are those that `qalora quantize` left beside the weights.
+  With `workdir`, frozen weights must be those its run began with (`check_base`).  With `begins` (see
+  `bases.beginning`) the adapters are those that `qalora quantize` left beside the weights, with `adapter_from` those in
+  that directory of PEFT.
   """
   at = sharding.place(built.abstract, mesh, fallback)
   tokens = jnp.zeros((1, 8), jnp.int32)
@@ -226,7 +245,10 @@ def variables(
     return {'frozen': {}, 'params': jax.device_put(weights, at['params'])}
   if workdir is not None:
     check_base(workdir, weights)
-  if begins is None:
+  if adapter_from:
+    begun = peft.load(adapter_from, built.model.config, built.shapes['params'])
+    params = jax.device_put(begun, at['params'])
+  elif begins is None:
     # The compiler drops the frozen weights that init would draw, so only the adapters are made.
     params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
   else:
@@ -262,6 +284,35 @@ def is_run(directory) -> bool:
   return checkpoint.exists(pathlib.Path(directory) / CHECKPOINTS)
 
 
+def own_config(config: ml_collections.ConfigDict, run) -> ml_collections.ConfigDict:
+  """The config of a workdir; where the model runs and in which precision is said by `config`, not by its training."""
+  own = config_lib.load(run)
+  own.sharding.update(config.sharding)
+  own.model.update(dtype=config.model.dtype, remat=config.model.remat)
+  return own
+
+
+def load_base(config: ml_collections.ConfigDict, workdir) -> Loaded:
+  """The base of a workdir, without what was trained; `config` is the workdir's.  ValueError if all was trained."""
+  config = prepared(config, workdir).copy_and_resolve_references()
+  if config.adapter.kind == 'full':
+    raise ValueError(f'{workdir} trained every weight: it has no adapter to take elsewhere.')
+  config.adapter.update(kind='none', init='zero', source='')
+  built = setup(config)
+  weights = {'frozen': load_weights(built), 'params': {}}
+  at = sharding.place(built.abstract, make_mesh(config), config.sharding.fallback)
+  tokenizer_from = tokenizer_directory(config, built.directory)
+  origin = {'source': config.model.source}
+  return Loaded(built.model, jax.device_put(weights, at), tokenizer(config, built), tokenizer_from, origin)
+
+
+def adapters_of(model: llama.Llama, choices: dict) -> dict:
+  """The abstract boxed params of `model` with an adapter of these choices of config.adapter."""
+  scheme = dataclasses.replace(model.scheme, adapter=bases.adapter(choices), adapted=choices['targets'])
+  tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  return jax.eval_shape(model.clone(scheme=scheme).init, jax.random.key(0), tokens).get('params', {})
+
+
 def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
   """The base and the trained weights of a workdir, on one replica over all devices."""
   config = prepared(config, workdir)
@@ -289,7 +340,7 @@ def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
   """
   config = config.copy_and_resolve_references()
   config.model.source = name
-  config.adapter.update(kind='none', init='zero')
+  config.adapter.update(kind='none', init='zero', source='')
   if config.base.method == 'qat':
     raise ValueError(
       f'{name} is not trained yet, and base.method = "qat" is a way to train; use base.method = "affine".'
@@ -325,11 +376,7 @@ def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Lo
   the trained run in `workdir`, else the config's source quantized as the config says.
   """
   if name and is_run(name):
-    own = config_lib.load(name)
-    # Where it runs and in which precision is this command's business, not the training's.
-    own.sharding.update(config.sharding)
-    own.model.update(dtype=config.model.dtype, remat=config.model.remat)
-    return load_run(own, name)
+    return load_run(own_config(config, name), name)
   if name and (pathlib.Path(name) / CHECKPOINTS).is_dir():
     raise ValueError(f'{name} is a workdir without a finished checkpoint; train on, or wait for its first.')
   if name:

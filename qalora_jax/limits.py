@@ -230,6 +230,11 @@ def _bad_combinations(values, outside):
   if len(rest) > 1:
     wrong.append(f'{" and ".join(rest)} are all -1: only one axis can take the devices that are left')
   kind, method = values['adapter.kind'], values['base.method']
+  if values['adapter.source'] and (kind not in ('lora', 'qalora') or values['adapter.init'] != 'zero'):
+    wrong.append(
+      f"adapter.source = {values['adapter.source']!r} is an adapter to begin with: set adapter.kind = 'lora' or "
+      f"'qalora' (not {kind!r}) and adapter.init = 'zero' (not {values['adapter.init']!r})"
+    )
   if kind == 'full' and method not in ('stored', 'qat'):
     wrong.append(
       f"adapter.kind = 'full' cannot train base.method = {method!r}, whose codes are integers: "

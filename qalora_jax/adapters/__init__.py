@@ -6,9 +6,10 @@ import jax
 
 from qalora_jax.adapters import lora
 from qalora_jax.adapters import qalora
+from qalora_jax.adapters import several
 
 KINDS = {'lora': lora, 'qalora': qalora}
-TYPES = (lora.LoRA, qalora.QALoRA)
+TYPES = (lora.LoRA, qalora.QALoRA, several.Several)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import pathlib
 
 import jax
 
+from qalora_jax import adapted
 from qalora_jax import build
 from qalora_jax import config as config_lib
 from qalora_jax import progress
@@ -24,12 +25,16 @@ def main(argv=None) -> list[dict]:
   """Runs the command with `argv`; prints a table and writes results.json into the workdir."""
   flags = (
     config_lib.Flag('model', 'string', '', 'A workdir, Hugging Face directory, exported directory or hub id.'),
+    adapted.FLAG,
     config_lib.Flag('name', 'string', '', 'What the row is called in the table (default: the model).'),
   )
   arguments = config_lib.parse('evaluate', argv, summary=SUMMARY, extra_flags=flags)
-  config = arguments.config
-  loaded = build.open_model(config, arguments.workdir, arguments.values['model'])
-  row = {'model': arguments.values['name'] or ' '.join(str(v) for v in loaded.origin.values())}
+  config, values = arguments.config, arguments.values
+  if values['adapters']:
+    loaded = adapted.open_summed(config, values['model'], values['adapters'])
+  else:
+    loaded = build.open_model(config, arguments.workdir, values['model'])
+  row = {'model': values['name'] or ' '.join(str(v) for v in loaded.origin.values())}
   rows = [row | evaluate(loaded, config)]
   report.show('evaluation', rows)
   if arguments.workdir:

@@ -1,12 +1,14 @@
 """`qalora generate`: text from a prompt, from many, or in a conversation."""
 
 from collections.abc import Sequence
+import dataclasses
 import json
 import pathlib
 import sys
 
 import jax
 
+from qalora_jax import adapted
 from qalora_jax import build
 from qalora_jax import cli
 from qalora_jax import config as config_lib
@@ -32,6 +34,10 @@ def main(argv=None) -> str | list[dict]:
   """Runs the command with `argv`; prints the text as it comes and returns it (with --prompts, the records)."""
   flags = (
     config_lib.Flag('model', 'string', '', 'A workdir, Hugging Face directory, exported directory or hub id.'),
+    adapted.FLAG,
+    config_lib.Flag(
+      'adapter', 'string', '', 'Which of the named --adapters to use (records of --prompts say their own).'
+    ),
     config_lib.Flag('prompt', 'string', '', 'The text to continue; with --chat, what you say first.'),
     config_lib.Flag('prompts', 'string', '', 'A JSONL file of records with a "prompt".'),
     config_lib.Flag('output', 'string', '', 'With --prompts: the JSONL file to write.'),
@@ -46,9 +52,11 @@ def main(argv=None) -> str | list[dict]:
   if output and output.exists():
     raise ValueError(f'--output={output} exists; name another file or remove it first.')
   asked = records.prompts(values['prompts']) if values['prompts'] else []
-  loaded = build.open_model(config, arguments.workdir, values['model'])
+  model = adapted.open_any(config, arguments.workdir, values['model'], values['adapters'])
+  model.check([values['adapter'], *(record.get('adapter', '') for record in asked)])
   if values['prompts']:
-    return _many(loaded, config, asked, output)
+    return _many(model, config, asked, values['adapter'], output)
+  loaded = dataclasses.replace(model.loaded, variables=model.variables([values['adapter']]))
   if values['chat']:
     return _converse(loaded, config, values['prompt'], values['system'])
   print(values['prompt'], end='', flush=True)
@@ -68,14 +76,17 @@ def _one(loaded: build.Loaded, config, tokens: list[int]) -> str:
   return text.written
 
 
-def _many(loaded: build.Loaded, config, asked: list[dict], output: pathlib.Path | None) -> list[dict]:
-  """The records with "text": what continues each prompt."""
+def _many(model: adapted.Adapted, config, asked: list[dict], usual: str, output: pathlib.Path | None) -> list[dict]:
+  """The records with "text": what continues each prompt by the adapter that it names, else by the `usual` one."""
+  loaded = model.loaded
   prompts = [_tokens(loaded.tokenizer, record['prompt']) for record in asked]
   made = []
   with progress.bar('writing', len(asked)) as bar:
     for start in range(0, len(asked), config.generate.batch):
       rows = slice(start, start + config.generate.batch)
-      for record, text in zip(asked[rows], _texts(loaded, config, prompts[rows]), strict=True):
+      variables = model.variables([record.get('adapter', usual) for record in asked[rows]])
+      batch = dataclasses.replace(loaded, variables=variables)
+      for record, text in zip(asked[rows], _texts(batch, config, prompts[rows]), strict=True):
         made.append({**record, 'text': text})
         bar.advance()
   lines = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in made)

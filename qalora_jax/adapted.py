@@ -1,0 +1,143 @@
+"""Named adapters on one base, for the commands: `--adapters='ann: runs/a; bob: runs/b*0.7 + runs/c*0.3'`."""
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+import re
+
+from flax import linen as nn
+import jax
+
+from qalora_jax import build
+from qalora_jax import checkpoint
+from qalora_jax import config as config_lib
+from qalora_jax import peft
+from qalora_jax import sharding
+from qalora_jax.adapters import several
+
+FLAG = config_lib.Flag(
+  'adapters',
+  'string',
+  '',
+  "Workdirs or PEFT directories on one base: 'runs/a', a sum 'runs/a*0.7 + runs/b*0.3', or named, "
+  "'ann: runs/a; bob: runs/b'.",
+)
+_TERM = re.compile(r'\s*(?P<directory>[^*+;:]+?)\s*(?:\*\s*(?P<weight>-?[\d.]+(?:e-?\d+)?)\s*)?$')
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+  """A model, its params several adapters where there are names: `names[k]` is row index k + 1 of a batch."""
+
+  loaded: build.Loaded
+  names: tuple[str, ...] = ()
+
+  def check(self, rows: Sequence[str]) -> None:
+    """ValueError where a row asks for an adapter that is not there."""
+    for name in rows:
+      if name and name not in self.names:
+        known = f'--adapters names {", ".join(self.names)}' if self.names else 'name some by --adapters'
+        raise ValueError(f'there is no adapter {name!r}; {known}.')
+
+  def variables(self, rows: Sequence[str]) -> dict:
+    """The variables of a batch in which every row uses the adapter of its name ('' for none)."""
+    self.check(rows)
+    if not self.names:
+      return self.loaded.variables
+    indices = [self.names.index(name) + 1 if name else 0 for name in rows]
+    found = self.loaded.variables
+    return {**found, 'params': several.choose(found['params'], indices)}
+
+
+def parse(text: str) -> dict[str, list[tuple[pathlib.Path, float]]]:
+  """{name: [(directory, weight), ...]}; the name is '' where none is given.  ValueError for what cannot be read."""
+  found = {}
+  for entry in filter(None, (part.strip() for part in text.split(';'))):
+    name, colon, terms = entry.rpartition(':')
+    name = name.strip()
+    if (colon and not name) or name in found:
+      raise ValueError(f'--adapters: {entry!r} has no name, or one that is taken.')
+    found[name] = [_term(term) for term in terms.split('+')]
+  if not found:
+    raise ValueError("--adapters names no directory; for instance 'runs/a' or 'ann: runs/a; bob: runs/b'.")
+  if '' in found and len(found) > 1:
+    raise ValueError("--adapters: several adapters need a name each: 'ann: runs/a; bob: runs/b'.")
+  return found
+
+
+def _term(text: str) -> tuple[pathlib.Path, float]:
+  match = _TERM.match(text)
+  if match is None:
+    raise ValueError(f'--adapters: cannot read {text.strip()!r}; write DIRECTORY or DIRECTORY*WEIGHT.')
+  directory = pathlib.Path(match['directory'])
+  if not (build.is_run(directory) or peft.is_adapter(directory)):
+    raise ValueError(f'--adapters: {directory} is no workdir with a checkpoint, and no directory of PEFT.')
+  return directory, float(match['weight'] or 1.0)
+
+
+def open_any(config, workdir, model: str, text: str) -> Adapted:
+  """`build.open_model`, or what `text` of --adapters says: one adapter, a sum, or several by name."""
+  if not text:
+    return Adapted(build.open_model(config, workdir, model))
+  if '' in parse(text):
+    return Adapted(open_summed(config, model, text))
+  return open_named(config, model, text)
+
+
+def open_summed(config, model: str, text: str) -> build.Loaded:
+  """The base with the sum of the adapters that `text` names, as one adapter.  ValueError for named ones."""
+  ((name, terms), *others) = parse(text).items()
+  if others or name:
+    raise ValueError("named adapters are chosen from, not merged: write a sum, 'runs/a*0.7 + runs/b*0.3'.")
+  base = _base(config, model, [directory for directory, _ in terms])
+  params = _summed(config, base, terms)
+  origin = {'source': str(base.origin['source']), 'adapters': text}
+  return dataclasses.replace(base, variables={**base.variables, 'params': params}, origin=origin)
+
+
+def open_named(config, model: str, text: str) -> Adapted:
+  """The base with all adapters that `text` names side by side."""
+  wanted = parse(text)
+  base = _base(config, model, [directory for terms in wanted.values() for directory, _ in terms])
+  trees = [_summed(config, base, terms) for terms in wanted.values()]
+  params = several.stack(trees, base.variables['frozen'])
+  return Adapted(dataclasses.replace(base, variables={**base.variables, 'params': params}), tuple(wanted))
+
+
+def _base(config, model: str, directories) -> build.Loaded:
+  """The model without an adapter: `model`, or the base of the first workdir among `directories`."""
+  if model:
+    loaded = build.open_model(config, None, model)
+  else:
+    run = next((directory for directory in directories if build.is_run(directory)), None)
+    if run is None:
+      raise ValueError('an adapter of PEFT does not come with its base: name that by --model.')
+    loaded = build.load_base(build.own_config(config, run), run)
+  if loaded.variables['params']:
+    raise ValueError(f'{model or run} has trained weights of its own; --model is the base that the adapters stand on.')
+  return loaded
+
+
+def _summed(config, base: build.Loaded, terms) -> dict:
+  trees = [_params(config, base, directory) for directory, _ in terms]
+  if len(trees) == 1 and terms[0][1] == 1.0:
+    return trees[0]
+  return several.add(trees, [weight for _, weight in terms], base.variables['frozen'])
+
+
+def _params(config, base: build.Loaded, directory: pathlib.Path) -> dict:
+  """The adapter in `directory`, on the device; ValueError where it belongs to another base."""
+  if build.is_run(directory):
+    own = build.own_config(config, directory)
+    build.check_base(directory, jax.device_get(base.variables['frozen']))
+    choices = own.adapter.to_dict()
+  else:
+    choices = peft.describe(directory, base.model.config)
+  abstract = build.adapters_of(base.model, choices)
+  if build.is_run(directory):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    at = sharding.place(abstract, mesh, config.sharding.fallback)
+    blank = nn.unbox(abstract)
+    placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), blank, at)
+    return checkpoint.restore_params(directory / build.CHECKPOINTS, placed)[1]
+  return jax.device_put(peft.load(directory, base.model.config, nn.unbox(abstract)))
