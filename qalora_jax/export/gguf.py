@@ -9,6 +9,7 @@ quantize their constants again).  Matrices are dense in float32, float16, bfloat
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import pathlib
 
@@ -57,8 +58,7 @@ def write(directory, job: job_lib.Job, progress: Callable[[], None] | None = Non
   gguf, config = library(), job.config
   blank = jax.eval_shape(lambda: job.tree)
   kinds = {name: kind(leaf, job.dtype, job.widen) for path, name, leaf in layout.parts(config, blank)}
-  with tensors.fresh(directory) as temporary:
-    writer = gguf.GGUFWriter(temporary / FILE, 'llama')
+  with tensors.fresh(directory) as temporary, contextlib.closing(gguf.GGUFWriter(temporary / FILE, 'llama')) as writer:
     _describe(writer, gguf, config, kinds)
     _add_tokenizer(writer, gguf, job)
     for path, name, leaf in layout.parts(config, blank):
@@ -77,7 +77,6 @@ def write(directory, job: job_lib.Job, progress: Callable[[], None] | None = Non
       writer.write_tensor_data(_turned(config, name, encode(path, leaf, kinds[name], gguf)))
     if factors is not None:
       writer.write_tensor_data(factors)
-    writer.close()
 
 
 def verify(directory, job: job_lib.Job, progress: Callable[[], None] | None = None) -> verify_lib.Verified:
