@@ -134,10 +134,8 @@ def _params(config, base: build.Loaded, directory: pathlib.Path) -> dict:
   else:
     choices = peft.describe(directory, base.model.config)
   abstract = build.adapters_of(base.model, choices)
+  at, blank = sharding.place(abstract, build.make_mesh(config), config.sharding.fallback), nn.unbox(abstract)
   if build.is_run(directory):
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    at = sharding.place(abstract, mesh, config.sharding.fallback)
-    blank = nn.unbox(abstract)
     placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), blank, at)
     return checkpoint.restore_params(directory / build.CHECKPOINTS, placed)[1]
-  return jax.device_put(peft.load(directory, base.model.config, nn.unbox(abstract)))
+  return jax.device_put(peft.load(directory, base.model.config, blank), at)

@@ -132,7 +132,7 @@ def test_a_sum_of_runs_is_exported_as_one_model(trained, another, qalora, tmp_pa
 
 
 def test_an_adapter_of_peft_stands_beside_one_of_a_workdir(trained, another, qalora, tmp_path):
-  qalora('export', another, '--format=peft', f'--output={tmp_path / "adapter"}')
+  qalora('export', tmp_path, f'--model={another}', '--format=peft', f'--output={tmp_path / "adapter"}')
   words = ('generate.max_tokens=8', '--prompt=the cat')
   text = qalora('generate', tmp_path, f'--adapters=a: {trained}; b: {tmp_path / "adapter"}', '--adapter=b', *words)
   assert text == qalora('generate', tmp_path, f'--model={another}', *words)
