@@ -1,21 +1,10 @@
 """Runs of babyllama, fine-tuned by QA-LoRA or LoRA, that other programs then load."""
 
-import os
 import pathlib
 
 import pytest
 
 STEPS = 30
-
-
-@pytest.fixture(scope='session')
-def assets() -> pathlib.Path:
-  """The folder of real models and data, as in the ordinary tests."""
-  root = pathlib.Path(__file__).parents[2]
-  folder = pathlib.Path(os.environ.get('QALORA_ASSETS', root.parent / 'shared' / 'assets'))
-  if not folder.is_dir():
-    pytest.skip(f'no models and data at {folder}; set QALORA_ASSETS to their folder')
-  return folder
 
 
 @pytest.fixture(scope='session')
@@ -40,7 +29,7 @@ def tuned(tmp_path_factory, assets, qalora):
       workdir = tmp_path_factory.mktemp('runs') / f'{kind}-{bits}'
       flags = {
         'model.source': assets / 'models' / 'babyllama_tok105', 'base.method': method, 'base.bits': bits,
-        'adapter.kind': kind, 'adapter.rank': 8, 'optim.learning_rate': 1e-3, 'train.steps': STEPS, 'train.batch': 4,
+        'adapter.kind': kind, 'adapter.rank': 8, 'optim.learning_rate': 1e-3, 'train.steps': STEPS, 'train.batch': 8,
         'data.train.path': assets / 'tinystories' / 'tinystories_sample.txt', 'data.train.format': 'text',
         'data.train.separator': '<|endoftext|>', 'data.train.stop': 400, 'data.window': 128,
       }  # fmt: skip
