@@ -7,9 +7,13 @@ import numpy as np
 import peft
 from peft.tuners.lora import variants
 import pytest
+from safetensors import torch as safetensors_torch
 import torch
 import transformers
 
+from qalora_jax import adapted
+from qalora_jax import config as config_lib
+from qalora_jax import hf
 from qalora_jax import peft as peft_files
 from qalora_jax.quant import qtensor
 
@@ -21,16 +25,12 @@ def test_lora_on_the_dense_base_gives_our_logits(tuned, ours, qalora, assets, tm
   qalora('export', f'--workdir={run}', '--format=peft', f'--output={tmp_path / "adapter"}')
   # The base in 4 bits as a dense directory; PEFT puts the adapter on it.
   model, variables, tokenizer = ours(run)
-  from qalora_jax import hf
-
   hf.write(tmp_path / 'base', model.config, variables['frozen'], bos=tokenizer.bos, eos=tokenizer.eos)
   base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base', dtype=torch.float32)
   theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / 'adapter')).eval()
   tokens = np.array([[tokenizer.bos, *tokenizer.encode(PROMPT)]])
   with torch.no_grad():
     there = theirs(torch.tensor(tokens)).logits.numpy()
-    without = base.get_base_model()(torch.tensor(tokens)).logits if hasattr(base, 'get_base_model') else None
-  del without
   here = np.asarray(jax.jit(model.apply)(variables, tokens))
   np.testing.assert_allclose(there, here, rtol=0, atol=1e-4 * np.abs(here).max())
 
@@ -45,9 +45,6 @@ def test_a_lora_adapter_of_peft_is_read_with_its_logits(tuned, ours, qalora, ass
   tokens = np.array([[1, 34, 9, 22, 4, 3, 18, 20]])
   with torch.no_grad():
     there = theirs(torch.tensor(tokens)).logits.numpy()
-  from qalora_jax import adapted
-  from qalora_jax import config as config_lib
-
   model = str(assets / 'models' / 'babyllama_tok105')
   loaded = adapted.open_summed(config_lib.default(), model, str(tmp_path / 'adapter'))
   here = np.asarray(jax.jit(loaded.model.apply)(loaded.variables, tokens))
@@ -55,14 +52,12 @@ def test_a_lora_adapter_of_peft_is_read_with_its_logits(tuned, ours, qalora, ass
 
 
 @pytest.mark.parametrize('bits', [4, 3, 2])
-def test_qalora_is_what_petfs_forward_computes(tuned, ours, qalora, tmp_path, bits):
+def test_qalora_is_what_the_forward_of_peft_computes(tuned, ours, qalora, tmp_path, bits):
   """Its variant runs on GPTQ layers of GPUs alone; its arithmetic is called here with the exported tensors."""
   run = tuned(bits)
   qalora('export', f'--workdir={run}', '--format=peft', f'--output={tmp_path / "adapter"}')
   config = peft.LoraConfig.from_pretrained(tmp_path / 'adapter')
   assert config.use_qalora and config.qalora_group_size == 32
-  from safetensors import torch as safetensors_torch
-
   weights = safetensors_torch.load_file(tmp_path / 'adapter' / peft_files.WEIGHTS)
   name = 'base_model.model.model.layers.2.mlp.down_proj'
   module = types.SimpleNamespace(
