@@ -387,6 +387,7 @@ def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Lo
       as_it_stands.model.tokenizer = ''
     return load_model(as_it_stands, name)
   if workdir and is_run(workdir):
+    config = adopted(config)
     _check_same(config, workdir)
     return load_run(config, workdir)
   if not config.model.source or config.model.source == 'scratch':

@@ -97,6 +97,8 @@ def parse(verb, argv, *, summary, extra_flags=()):
   elif values.get('model'):
     # A model that is no run says nothing about data or sampling: the defaults and the overrides do.
     config = load(values['model']) if (pathlib.Path(values['model']) / _RUN_MARK).is_dir() else default()
+  elif values.get('adapters'):
+    config = default()
   else:
     raise ValueError(f'no --config, and no {FILE} in --workdir={workdir or ""}; {example}')
   config = _override(config, overrides)
@@ -179,6 +181,9 @@ def differences(old, new):
 
 def _own_values(own_flags, argv):
   """The values of `own_flags` by name, and the arguments that are none of them."""
+  # --allow-lossy means --allow_lossy.
+  dashed = {f'--{flag.name.replace("_", "-")}': f'--{flag.name}' for flag in own_flags}
+  argv = [dashed.get(name, name) + equals + value for name, equals, value in (word.partition('=') for word in argv)]
   # Fresh at every call: absl's global flags can be defined and parsed only once in a process.
   parser = flags.FlagValues()
   parser.set_gnu_getopt(True)

@@ -255,6 +255,14 @@ def test_a_recipe_may_be_anywhere(tmp_path, monkeypatch):
     config_lib.recipe('yours.py')
 
 
+def test_flags_are_spelled_either_way():
+  flags = (config_lib.Flag('allow_lossy', 'bool', False, ''), config_lib.Flag('prompt', 'string', '', ''))
+  recipe = f'--config={config_lib.ROOT / "configs" / "base.py"}'
+  for word in ('--allow-lossy', '--allow_lossy', '--allow-lossy=true'):
+    found = config_lib.parse('export', [recipe, word, '--prompt=-a-b'], summary='', extra_flags=flags).values
+    assert found == {'allow_lossy': True, 'prompt': '-a-b'}
+
+
 def test_help_says_what_and_how(capsys):
   flag = config_lib.Flag('prompt', 'string', '', 'The text to continue.')
   with pytest.raises(SystemExit) as stop:

@@ -288,7 +288,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(byte_pairs, babylla
     ({'base__method': 'nf4'}, 'gguf', 'holds nf4 codes'),
     ({'base__method': 'nf4'}, 'hf-gptq', r'one width and group of integer codes'),
     ({'base__bits': 4, 'base__rules': 'down_proj: bits=3'}, 'hf-gptq', '3 bits .* and|3 bits .*, 4 bits'),
-    ({'base__bits': 4}, 'hf-gptq', r'steps from an integer zero-point.*change the weights by .*%.*--allow_lossy'),
+    ({'base__bits': 4}, 'hf-gptq', r'steps from an integer zero-point.*change the weights by .*%.*--allow-lossy'),
     ({'base__method': 'stored', 'kind': 'none'}, 'hf-gptq', 'nothing in this model is quantized'),
     ({'kind': 'lora', 'base__bits': 4}, 'mlx', 'carry a LoRA adapter'),
   ],

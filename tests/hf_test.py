@@ -91,7 +91,7 @@ CONFIG_FAULTS = [
   ({'hidden_act': 'gelu'}, r"hidden_act = 'gelu'; only 'silu'"),
   ({'attention_bias': True}, r'attention_bias = True'),
   ({'mlp_bias': True}, r'mlp_bias = True'),
-  ({'quantization_config': {'quant_method': 'gptq'}}, r'quantization_config = .*gptq'),
+  ({'quantization_config': {'quant_method': 'awq'}}, r"quantization_config is of quant_method 'awq'; the weights have"),
   ({'rope_scaling': {'type': 'linear', 'factor': 2}}, r"'linear'; supported: default, llama3"),
   ({'rope_scaling': {'rope_type': 'llama3', 'factor': 2}}, r'has no low_freq_factor, high_freq_factor'),
   ({'num_key_value_heads': 3}, r'config.json: .*no multiple'),

@@ -157,5 +157,7 @@ def _merged(loaded: build.Loaded, config, format: str) -> tuple[dict, dict]:
   progress.console.print(str(found))
   if not found.holds:
     raise ValueError(f'not written: {found}. The merged model is not the trained one; please report this.')
-  adapter = config.adapter.to_dict()
-  return tree, provenance | {'difference': found.difference, 'tolerance': found.tolerance, 'adapter': adapter}
+  provenance |= {'difference': found.difference, 'tolerance': found.tolerance}
+  if 'adapters' not in loaded.origin:
+    provenance['adapter'] = config.adapter.to_dict()
+  return tree, provenance

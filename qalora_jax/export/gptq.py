@@ -53,7 +53,7 @@ def _refuse_real(job: job_lib.Job) -> None:
     raise ValueError(
       f'{worst} has offsets up to {farthest:.2f} steps from an integer zero-point, and GPTQ files hold no others (a '
       f'merged adapter makes them real).  Rounding them would change the weights by {(change / size) ** 0.5:.1%} '
-      'of their norm: write --format=mlx, gguf (4 bits) or qalora, which hold them, or accept that by --allow_lossy.'
+      'of their norm: write --format=mlx, gguf (4 bits) or qalora, which hold them, or accept that by --allow-lossy.'
     )
 
 
@@ -78,7 +78,7 @@ def write(directory, job: job_lib.Job, progress: Callable[[], None] | None = Non
     'group_size': one.group,
     'desc_act': False,
     'sym': one.offset is None,
-    'lm_head': False,
+    'lm_head': 'lm_head/kernel' in kinds,
   }
   hf.publish(
     directory,
