@@ -6,6 +6,7 @@ B rows, P tokens of the longest prompt (padded), S entries of the cache, V vocab
 from collections.abc import Iterator
 from collections.abc import Sequence
 import functools
+import math
 
 from flax import linen as nn
 import jax
@@ -15,8 +16,9 @@ import numpy as np
 from qalora_jax.generate import sampling
 from qalora_jax.models import llama
 
-# Prompts and caches are padded to multiples of this many tokens, so that texts of many lengths share few programs.
-_STEP = 64
+# Prompts and caches are padded to this many tokens, twice as many, four times ..., so that a growing conversation and
+# prompts of many lengths share few programs.
+_LEAST = 64
 _GREEDY = sampling.Sampling()
 
 
@@ -117,4 +119,4 @@ def _chosen(settings, state, logits_B1V, keys_B):
 
 
 def _up(tokens: int) -> int:
-  return -(-tokens // _STEP) * _STEP
+  return _LEAST * 2 ** max(0, math.ceil(math.log2(tokens / _LEAST)))
