@@ -20,6 +20,7 @@ from qalora_jax.generate import command
 from qalora_jax.generate import decode
 from qalora_jax.generate import sampling
 from qalora_jax.generate import text as text_lib
+from qalora_jax.models import linear
 from qalora_jax.models import llama
 
 WINDOW, EOS = 16, 257
@@ -30,6 +31,7 @@ class Chain(nn.Module):
   """After token t comes token following[t], surely."""
 
   following: tuple[int, ...]
+  scheme: linear.Scheme = linear.Scheme()
   config = types.SimpleNamespace(max_position_embeddings=WINDOW)
 
   def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, only_B=None):

@@ -20,6 +20,7 @@ from qalora_jax.generate import chat
 from qalora_jax.generate import decode
 from qalora_jax.generate import sampling
 from qalora_jax.generate import text as text_lib
+from qalora_jax.models import linear
 
 SUMMARY = (
   'Continues --prompt with the model: --model, else the run in --workdir, else config.model.source.\n'
@@ -138,7 +139,8 @@ def _stream(loaded: build.Loaded, config, prompts: Sequence[list[int]]):
   """`decode.stream` with the config's settings."""
   settings, eos = config.generate, loaded.tokenizer.eos
   return decode.stream(
-    loaded.model,
+    # What stood where at birth says nothing now, and is long to compare at every token.
+    loaded.model.clone(scheme=linear.Scheme()),
     loaded.variables,
     prompts,
     max_tokens=settings.max_tokens,
