@@ -272,7 +272,8 @@ def get_config():
       min_p=0.0,
       # Positive logits of tokens that the text holds are divided by it, negative ones multiplied; 1: none.
       repetition_penalty=1.0,
-      # The text ends before this string; several as a JSON list, '["\\n\\n", "Question:"]'.  Empty: at EOS alone.
+      # The text ends before this string; several as a JSON list, which begins with [": '["\\n\\n", "Question:"]'.
+      # Empty: at EOS alone.
       stop='',
       # Prompts of a file that are continued side by side.
       batch=8,

@@ -128,12 +128,17 @@ def _summed(config, base: build.Loaded, terms) -> dict:
 def _params(config, base: build.Loaded, directory: pathlib.Path) -> dict:
   """The adapter in `directory`, on the device; ValueError where it belongs to another base."""
   if build.is_run(directory):
-    own = build.own_config(config, directory)
-    build.check_base(directory, jax.device_get(base.variables['frozen']))
-    choices = own.adapter.to_dict()
+    choices = build.own_config(config, directory).adapter.to_dict()
   else:
     choices = peft.describe(directory, base.model.config)
   abstract = build.adapters_of(base.model, choices)
+  if not set(abstract) <= set(base.variables['frozen']):
+    raise ValueError(
+      f'{directory} adapts some layers only (adapter.targets = {choices["targets"]!r}), and cannot stand beside others '
+      'on one base: use it alone, by --model.'
+    )
+  if build.is_run(directory):
+    build.check_base(directory, jax.device_get(base.variables['frozen']), remember=False)
   at, blank = sharding.place(abstract, build.make_mesh(config), config.sharding.fallback), nn.unbox(abstract)
   if build.is_run(directory):
     placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), blank, at)

@@ -205,11 +205,19 @@ def load_weights(built: Setup) -> dict:
     return form.load(built.directory, config, scheme_, progress=bar.advance)
 
 
-def adopted(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """The config with the kind, rank, alpha, ... of the adapter in config.adapter.source, where it names one."""
+def adopted(config: ml_collections.ConfigDict, workdir) -> ml_collections.ConfigDict:
+  """The config with the kind, rank, alpha, ... of the adapter in config.adapter.source, where it names one.
+
+  A workdir that began with it remembers them; the directory is not needed again.
+  """
   if not config.adapter.source:
     return config
   config = config.copy_and_resolve_references()
+  if workdir and (pathlib.Path(workdir) / config_lib.FILE).is_file():
+    own = config_lib.load(workdir).adapter
+    if own.source == config.adapter.source:
+      config.adapter.update(own)
+      return config
   directory = hf.resolve(config.model.source, config.model.revision)
   model_config = hf.read_config(directory, quantized=stored.is_quantized(directory))
   config.adapter.update(peft.describe(config.adapter.source, model_config))
@@ -266,11 +274,13 @@ def fingerprint(frozen: dict) -> int:
   return crc
 
 
-def check_base(workdir, frozen: dict) -> None:
-  """Remembers in the workdir which base its adapter belongs to; ValueError if the base is another one now."""
+def check_base(workdir, frozen: dict, *, remember: bool = True) -> None:
+  """ValueError if the base of the workdir is another one now; with `remember`, the first one is written down there."""
   path = pathlib.Path(workdir) / _BASE_FILE
   found = fingerprint(frozen)
   if not path.exists():
+    if not remember:
+      return
     path.write_text(json.dumps({'crc32': found}) + '\n')
   elif json.loads(path.read_text())['crc32'] != found:
     raise ValueError(
@@ -387,7 +397,7 @@ def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Lo
       as_it_stands.model.tokenizer = ''
     return load_model(as_it_stands, name)
   if workdir and is_run(workdir):
-    config = adopted(config)
+    config = adopted(config, workdir)
     _check_same(config, workdir)
     return load_run(config, workdir)
   if not config.model.source or config.model.source == 'scratch':

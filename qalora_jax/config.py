@@ -94,16 +94,24 @@ def parse(verb, argv, *, summary, extra_flags=()):
     config = recipe(recipe_path)
   elif workdir is not None and (workdir / FILE).is_file():
     config = load(workdir)
+  elif (run := _first_run(values.get('adapters') or '')) is not None:
+    config = load(run)
+  elif values.get('adapters'):
+    config = default()
   elif values.get('model'):
     # A model that is no run says nothing about data or sampling: the defaults and the overrides do.
     config = load(values['model']) if (pathlib.Path(values['model']) / _RUN_MARK).is_dir() else default()
-  elif values.get('adapters'):
-    config = default()
   else:
     raise ValueError(f'no --config, and no {FILE} in --workdir={workdir or ""}; {example}')
   config = _override(config, overrides)
   check(config)
   return Arguments(config, workdir, values, shlex.join(['qalora', verb, *argv]))
+
+
+def _first_run(adapters):
+  """The first workdir that --adapters names."""
+  words = (word.strip() for word in re.split(r'[;:+*]', adapters))
+  return next((pathlib.Path(word) for word in words if word and (pathlib.Path(word) / _RUN_MARK).is_dir()), None)
 
 
 def default():

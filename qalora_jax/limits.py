@@ -115,8 +115,8 @@ def problems(values):
 
 
 def stops(value: str) -> tuple[str, ...]:
-  """The strings that generate.stop names: none, one, or a JSON list of them; ValueError for another list."""
-  if not value.startswith('['):
+  """The strings that generate.stop names: none, one, or a JSON list, which begins with ["; ValueError for others."""
+  if not value.startswith('["'):
     return (value,) if value else ()
   found = json.loads(value)
   if not all(isinstance(stop, str) and stop for stop in found):
@@ -230,6 +230,8 @@ def _bad_combinations(values, outside):
   if len(rest) > 1:
     wrong.append(f'{" and ".join(rest)} are all -1: only one axis can take the devices that are left')
   kind, method = values['adapter.kind'], values['base.method']
+  if values['adapter.source'] and values['model.source'] == 'scratch':
+    wrong.append("adapter.source is an adapter of a trained model: name that as model.source, which is 'scratch'")
   if values['adapter.source'] and (kind not in ('lora', 'qalora') or values['adapter.init'] != 'zero'):
     wrong.append(
       f"adapter.source = {values['adapter.source']!r} is an adapter to begin with: set adapter.kind = 'lora' or "

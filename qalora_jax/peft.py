@@ -64,14 +64,17 @@ def write(directory, config: llama.ModelConfig, params: dict, *, base: str, conv
       f'QA-LoRA on groups of {", ".join(map(str, sorted(groups)))}: PEFT has one qalora_group_size for all; leave some '
       'out by adapter.targets, or write --convention=released.'
     )
-  rank = first.a.shape[-1]
+  rank, alpha = first.a.shape[-1], first.alpha
+  if len({(node.a.shape[-1], node.alpha) for _, _, node in found}) > 1:
+    # A sum of adapters has ranks that differ; PEFT's file has one: the largest, with the scaling in B.
+    rank = alpha = max(node.a.shape[-1] for _, _, node in found)
   modules = [module for module, _, _ in found]
   stated = {
     'base_model_name_or_path': base,
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
     'r': rank,
-    'lora_alpha': first.alpha,
+    'lora_alpha': alpha,
     'lora_dropout': first.dropout,
     'bias': 'none',
     'inference_mode': True,
@@ -81,11 +84,12 @@ def write(directory, config: llama.ModelConfig, params: dict, *, base: str, conv
     stated |= {'use_qalora': True, 'qalora_group_size': groups.pop()}
   named = {}
   for module, inputs, node in found:
-    b = np.asarray(node.b)
+    factor = (node.alpha / node.a.shape[-1]) / (alpha / rank)
     if is_qalora:
-      b = b * np.float32(_factor(node, inputs, convention))
-    named[f'{_PREFIX}{module}.lora_A.weight'] = np.asarray(node.a).T
-    named[f'{_PREFIX}{module}.lora_B.weight'] = b.T
+      factor *= _factor(node, inputs, convention)
+    more = rank - node.a.shape[-1]
+    named[f'{_PREFIX}{module}.lora_A.weight'] = np.pad(np.asarray(node.a), [(0, 0), (0, more)]).T
+    named[f'{_PREFIX}{module}.lora_B.weight'] = np.pad(np.asarray(node.b) * np.float32(factor), [(0, more), (0, 0)]).T
   with tensors.fresh(directory) as temporary:
     tensors.write_json(temporary / CONFIG, stated)
     tensors.save_file(temporary / WEIGHTS, named)
@@ -174,6 +178,10 @@ def _adapters(config: llama.ModelConfig, params: dict):
     if not is_leaf(node):
       continue
     stack, _, rest = jax.tree_util.keystr(path, simple=True, separator='/').partition('/')
+    if not linear.starts([stack]):
+      raise ValueError(
+        f'{stack} has an adapter; those of PEFT directories stand beside projections of the blocks here.'
+      )
     weight, start = rest.removesuffix('/adapter'), linear.starts([stack])[0]
     for at in range(node.a.shape[0]):
       module = names[f'{linear.STACK}/{start + at}/{weight}']
@@ -215,8 +223,8 @@ def _stated(directory) -> dict:
   for key, value in _FIXED.items():
     if (stated.get(key) or value) != value:
       raise ValueError(f'{file}: {key} = {stated[key]!r}; only {value!r} is supported.')
-  for key in ('r', 'lora_alpha'):
-    if not isinstance(stated.get(key), int | float) or stated[key] <= 0:
+  for key, kind in (('r', int), ('lora_alpha', int | float)):
+    if not isinstance(stated.get(key), kind) or stated[key] <= 0:
       raise ValueError(f'{file}: {key} = {stated.get(key)!r}; it is a number above 0.')
   return stated
 

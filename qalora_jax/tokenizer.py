@@ -37,7 +37,8 @@ class Tokenizer:
   encode: collections.abc.Callable[[str], list[int]]
   decode: collections.abc.Callable[[collections.abc.Iterable[int]], str]
   unknown: int | None = None
-  # {spelling: id} of tokens that `encode` does not find in a text; `encode_marked` does.
+  # {spelling: id} of tokens that `encode` does not find in a text; `encode_marked` does.  Those that a directory adds
+  # to its SentencePiece model lie beyond vocab_size.
   marks: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -52,7 +53,7 @@ def load(directory) -> Tokenizer:
   """
   directory = pathlib.Path(directory)
   if (directory / 'tokenizer.model').is_file():
-    return _load_sentencepiece(directory / 'tokenizer.model')
+    return _load_sentencepiece(directory)
   if (directory / 'tokenizer.json').is_file():
     return _load_tokenizers(directory)
   raise FileNotFoundError(f'{directory}: no tokenizer here; looked for tokenizer.model and tokenizer.json')
@@ -121,7 +122,8 @@ def chat_template(directory) -> str | None:
     return (directory / 'chat_template.jinja').read_text(encoding='utf-8')
   found = _read_object(directory / 'tokenizer_config.json').get('chat_template')
   if isinstance(found, list):
-    found = {entry.get('name'): entry.get('template') for entry in found}.get('default')
+    named = [entry for entry in found if isinstance(entry, dict)]
+    found = {entry.get('name'): entry.get('template') for entry in named}.get('default')
   return found
 
 
@@ -143,25 +145,56 @@ def sentencepiece_model(path: pathlib.Path):
   return model
 
 
-def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
-  processor = sentencepiece.SentencePieceProcessor()
+def added_tokens(directory) -> dict[int, tuple[str, bool]]:
+  """{id: (spelling, whether it is special)} of tokens that a directory adds to its SentencePiece model.
+
+  From `added_tokens_decoder` of tokenizer_config.json and from added_tokens.json, whose tokens count as special.
+  """
+  directory = pathlib.Path(directory)
+  found = {token: (text, True) for text, token in _read_object(directory / 'added_tokens.json').items()}
+  described = _read_object(directory / 'tokenizer_config.json').get('added_tokens_decoder') or {}
+  return found | {int(token): (entry['content'], bool(entry.get('special'))) for token, entry in described.items()}
+
+
+def _load_sentencepiece(directory: pathlib.Path) -> Tokenizer:
+  path, processor = directory / 'tokenizer.model', sentencepiece.SentencePieceProcessor()
   try:
     processor.LoadFromSerializedProto(path.read_bytes())
   except RuntimeError as error:
     raise ValueError(f'{path}: not a SentencePiece model ({error})') from error
+  size, added = processor.vocab_size(), added_tokens(directory)
+  marks = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)}
+  marks |= {text: token for token, (text, _) in added.items()}
 
   # SentencePiece reports a missing special token as id -1.
   def special(token: int) -> int | None:
     return token if token >= 0 else None
 
+  def decode(ids) -> str:
+    text, run = '', []
+    for token in [*map(int, ids), None]:
+      if token is not None and token < size:
+        run.append(token)
+        continue
+      text += processor.decode(run) if run else ''
+      run = []
+      if token is not None:
+        # Special tokens, and rows of the embedding that no token has, are left out.
+        spelling, is_special = added.get(token, ('', True))
+        text += '' if is_special else spelling
+    return text
+
+  eos = special(processor.eos_id())
+  stated = special_tokens(directory).get('eos_token')
   return Tokenizer(
-    vocab_size=processor.vocab_size(),
+    vocab_size=size,
     bos=special(processor.bos_id()),
-    eos=special(processor.eos_id()),
+    # A model that was taught to chat may end in a token that was added.
+    eos=marks.get(stated, eos) if stated else eos,
     encode=processor.encode,
-    decode=lambda ids: processor.decode([int(token) for token in ids]),
+    decode=decode,
     unknown=special(processor.unk_id()),
-    marks={processor.id_to_piece(i): i for i in range(processor.vocab_size()) if processor.is_control(i)},
+    marks=marks,
   )
 
 

@@ -52,7 +52,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   workdir = pathlib.Path(workdir)
   if config.adapter.kind == 'none':
     raise ValueError('adapter.kind = "none" trains nothing; use "qalora", "lora" or "full".')
-  config = build.adopted(config)
+  config = build.adopted(config, workdir)
   built = build.setup(config)
   mesh = build.make_mesh(config)
   sharding.check_rows(config.train.batch, config.train.accumulation, mesh)
@@ -85,7 +85,8 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   make_state = functools.partial(step_lib.init_state, tx)
   at_state = sharding.place(jax.eval_shape(make_state, built.abstract['params']), mesh, config.sharding.fallback)
 
-  source = config.adapter.source
+  # What a run that goes on began with is in its checkpoint.
+  source = '' if build.is_run(workdir) else config.adapter.source
   drawn = build.variables(built, mesh, config.seed, config.sharding.fallback, workdir, begins, source)
   frozen = drawn['frozen']
   state = jax.jit(make_state, out_shardings=at_state, donate_argnums=0)(drawn.pop('params'))

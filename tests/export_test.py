@@ -178,6 +178,9 @@ def test_what_the_recipes_of_7b_say_runs_small(adapted, qalora, tmp_path):
   [
     (['--format=gguff'], '--format=gguff: no such format; there are'),
     (['--output={source}'], 'exists and is not empty'),
+    (['--dense', '--format=mlx'], '--dense is for --format=gguf'),
+    (['--dtype=bfloat16', '--format=mlx'], 'in a mlx directory is stored in float32 or float16'),
+    (['--convention=other', '--format=peft'], '--convention=other: it is one of peft, released'),
     (['--model=/nowhere/model'], 'no directory and no hub id'),
   ],
 )

@@ -210,6 +210,14 @@ def test_a_gguf_file_says_what_the_model_is(babyllama, tmp_path):
   assert value('tokenizer.ggml.model') == 'llama' and value('tokenizer.ggml.add_space_prefix') is True
 
 
+def test_inputs_that_do_not_fill_blocks_are_refused(assets, tmp_path):
+  config = config_lib.default().copy_and_resolve_references()
+  loaded = build.load_model(config, str(assets / 'models' / 'stories260K'))
+  with pytest.raises(ValueError, match='--dtype=q8_0: the 172 inputs of .*down_proj.weight do not divide'):
+    command.export(loaded, config, tmp_path / 'out', format='gguf', dtype='q8_0')
+  assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize('dtype, kind', [('float16', 'F16'), ('bfloat16', 'BF16'), ('q8_0', 'Q8_0')])
 def test_what_is_dense_is_stored_as_asked(babyllama, tmp_path, dtype, kind):
   import gguf as library
@@ -218,6 +226,14 @@ def test_what_is_dense_is_stored_as_asked(babyllama, tmp_path, dtype, kind):
   command.export(loaded, config, tmp_path / 'gguf', format='gguf', dtype=dtype, widen=True)
   kinds = [tensor.tensor_type.name for tensor in library.GGUFReader(tmp_path / 'gguf' / gguf.FILE).tensors]
   assert {name: kinds.count(name) for name in kinds} == {kind: 36, 'F32': 11}
+
+
+def test_added_tokens_stand_in_a_gguf_vocabulary(assets, tmp_path):
+  shutil.copy(assets / 'models' / 'babyllama_tok105' / 'tokenizer.model', tmp_path)
+  (tmp_path / 'added_tokens.json').write_text('{"<|im_start|>": 106}')
+  found = gguf.vocabulary(tmp_path)
+  assert found.tokens[104:] == [found.tokens[104], '[PAD105]', '<|im_start|>']
+  assert found.kinds[105:] == [5, 3] and len(found.scores) == 107
 
 
 @pytest.fixture
@@ -248,7 +264,8 @@ def split(pattern):
 
 
 @pytest.mark.parametrize(
-  'before, words', [(None, 'gpt-2'), (split(LLAMA3), 'llama-bpe'), (split(LLAMA3.replace('{1,3}', '')), 'qwen2')]
+  'before, words',
+  [(None, 'gpt-2'), (split(LLAMA3), 'llama-bpe'), (split(LLAMA3.replace('{1,3}', '')), 'qwen2')],
 )
 def test_byte_pairs_are_held(byte_pairs, before, words):
   directory = byte_pairs(before)

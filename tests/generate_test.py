@@ -32,7 +32,7 @@ class Chain(nn.Module):
 
   following: tuple[int, ...]
   scheme: linear.Scheme = linear.Scheme()
-  config = types.SimpleNamespace(max_position_embeddings=WINDOW)
+  config = types.SimpleNamespace(max_position_embeddings=WINDOW, vocab_size=258)
 
   def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, only_B=None):
     logits = 10.0 * jax.nn.one_hot(jnp.asarray(self.following)[tokens_BT], len(self.following))
@@ -159,7 +159,8 @@ def test_text_ends_at_the_window():
 
 
 @pytest.mark.parametrize(
-  'prompt, message', [([0] * WINDOW, 'the prompt has 16 tokens.*window of 16'), ([], 'no token')]
+  'prompt, message',
+  [([0] * WINDOW, 'the prompt has 16 tokens.*window of 16'), ([], 'no token'), ([258], 'token 258 .* embeds 258')],
 )
 def test_a_prompt_that_leaves_nothing_to_do_is_refused(prompt, message):
   with pytest.raises(ValueError, match=message):
@@ -279,6 +280,12 @@ def test_text_is_shown_in_whole_letters_and_up_to_a_stop_string(stops, text, sho
   assert told(text, stops) == (shown, all_of_it)
 
 
+def test_a_stop_string_that_the_end_completes_is_not_shown():
+  made = text_lib.Text(BYTES, [97], ('b\ufffd',))
+  assert ''.join(map(made.add, (*b'ab', 0xC3))) + made.finish() == 'a'
+  assert (made.written, made.over) == ('a', True)
+
+
 def test_bytes_that_are_no_letter_do_not_hold_the_text_back():
   made = text_lib.Text(BYTES, [97])
   shown = ''.join(made.add(token) for token in [0xFF, 0xFE, 0xFF, 0xFE, *b'abc']) + made.finish()
@@ -342,6 +349,25 @@ def test_many_prompts_are_written_in_order(models, loaded, qalora, tmp_path):
     assert record == {**before, 'text': alone}
 
 
+def test_a_prompt_that_is_too_long_is_named_before_the_first_is_written(qalora, tmp_path, capsys):
+  lines = [json.dumps({'prompt': text}) for text in ('the', 'zq' * 64)]
+  (tmp_path / 'asked.jsonl').write_text('\n'.join(lines))
+  words = (f'--prompts={tmp_path / "asked.jsonl"}', f'--output={tmp_path / "said.jsonl"}', 'generate.batch=1')
+  with pytest.raises(ValueError, match='record 2 of --prompts: the prompt has'):
+    qalora('generate', tmp_path, *words)
+  assert [path.name for path in tmp_path.iterdir()] == ['asked.jsonl']
+
+
+def test_one_prompt_many_times_is_many_samples_whatever_the_batch(qalora, tmp_path):
+  (tmp_path / 'asked.jsonl').write_text('\n'.join([json.dumps({'prompt': 'the'})] * 4))
+  words = ('base.method=stored', 'generate.temperature=1.5', 'generate.max_tokens=12')
+  made = [
+    [record['text'] for record in qalora('generate', tmp_path, f'--prompts={tmp_path / "asked.jsonl"}', *words, batch)]
+    for batch in ('generate.batch=2', 'generate.batch=4')
+  ]
+  assert made[0] == made[1] and len(set(made[0])) == 4
+
+
 TEMPLATE = "{% for m in messages %}{{ bos_token }}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{{ '|' }}"
 
 
@@ -383,6 +409,8 @@ def test_templates_are_rendered_as_elsewhere(tmp_path, template, wanted):
     ('{% for m in messages %}', 'cannot be used'),
     ('{{ messages[0].content + 1 }}', 'cannot be used'),
     ('{{ range(10 ** 9) | list }}', 'cannot be used'),
+    ('{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}', 'cannot be used'),
+    ("{{ 'a' * 10 ** 14 }}", 'cannot be used: MemoryError'),
   ],
 )
 def test_a_template_that_misbehaves_is_refused(tmp_path, template, message):
@@ -406,6 +434,8 @@ def test_special_tokens_of_a_template_are_tokens(assets):
     (['--prompt=a', 'generate.stop=["a", 1]'], 'generate.stop = .*a JSON list of strings'),
     (['--prompt=a', 'generate.stop=["a"'], 'generate.stop = .*a JSON list of strings'),
     (['--prompts={bad}', '--output={bad}'], 'exists'),
+    (['--prompt=a', '--output={bad}'], '--output goes with --prompts'),
+    (['--prompt=a', '--system=b'], '--system goes with --chat'),
   ],
 )
 def test_what_cannot_be_asked_is_refused(qalora, tmp_path, words, message):

@@ -1,6 +1,7 @@
 """PEFT's directories: an adapter that is written, read and trained on is the same; three conventions of QA-LoRA."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def opened(recipe, **changes):
   config = config_lib.recipe(recipe)
   config.adapter.dropout = 0.0
   config.update_from_flattened_dict({key.replace('__', '.'): value for key, value in changes.items()})
-  config = build.adopted(config)
+  config = build.adopted(config, None)
   built = build.setup(config)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   drawn = build.variables(built, mesh, seed=0, adapter_from=config.adapter.source)
@@ -112,7 +113,8 @@ def test_training_goes_on_from_a_peft_adapter(recipe, qalora, trained, tmp_path)
   first = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[0])
   begun = json.loads((trained / 'metrics.jsonl').read_text().splitlines()[0])
   assert first['loss'] < begun['loss'] - 0.1
-  # The same words go on in the same workdir, whose config holds what the adapter said of itself.
+  # The same words go on in the same workdir, whose config holds what the adapter said of itself; it is needed no more.
+  shutil.rmtree(tmp_path / 'adapter')
   qalora('train', tmp_path / 'run', *words)
   assert config_lib.load(tmp_path / 'run').adapter.pool == 'mean'
 
@@ -146,6 +148,7 @@ def damage(directory, change):
     ({'rank_pattern': {'q_proj': 2}}, 'rank_pattern'),
     ({'r': 8}, 'has rank 4, adapter_config.json says r = 8'),
     ({'lora_alpha': None}, 'lora_alpha = None'),
+    ({'r': 4.0}, 'r = 4.0'),
     ('missing', 'has no lora_A or no lora_B'),
     ('nan', 'NaN or infinite'),
     ('other', 'lora_magnitude_vector is no weight of a LoRA'),
@@ -165,6 +168,7 @@ def test_an_adapter_that_is_not_understood_is_refused(recipe, tmp_path, change, 
   'changes, message',
   [
     (dict(base__group=32), 'QA-LoRA needs the groups that it was trained on'),
+    (dict(model__source='scratch'), 'adapter.source is an adapter of a trained model'),
     (dict(adapter__init='pissa'), 'adapter.source = .* is an adapter to begin with'),
   ],
 )

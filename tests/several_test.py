@@ -3,6 +3,7 @@
 import json
 import shutil
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from qalora_jax import adapters
 from qalora_jax import build
 from qalora_jax import config as config_lib
 from qalora_jax import packed
+from qalora_jax import peft
 from qalora_jax import sharding
 from qalora_jax.adapters import several
 from qalora_jax.export import merge
@@ -129,6 +131,23 @@ def test_a_sum_of_runs_is_exported_as_one_model(trained, another, qalora, tmp_pa
   row = qalora('evaluate', tmp_path / 'a', words[0])[0]
   again = qalora('evaluate', tmp_path / 'b', f'--model={tmp_path / "model"}')[0]
   assert row['nats_per_token'] == pytest.approx(again['nats_per_token'], rel=1e-6)
+
+
+def test_a_sum_of_several_ranks_goes_to_peft(three, recipe, tmp_path):
+  model, frozen, trees = three
+  summed = several.add(trees, (1.0, 0.5, -1.0), frozen)
+  peft.write(tmp_path / 'adapter', model.config, summed, base='base')
+  choices = peft.describe(tmp_path / 'adapter', model.config)
+  assert choices['rank'] == 7
+  back = peft.load(tmp_path / 'adapter', model.config, nn.unbox(build.adapters_of(model, choices)))
+  one, two = (jax.jit(model.apply)({'frozen': frozen, 'params': params}, TOKENS) for params in (summed, back))
+  np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * float(jnp.abs(one).max()))
+
+
+def test_an_adapter_of_some_layers_is_refused_beside_others(qalora, recipe, trained, tmp_path):
+  qalora('train', tmp_path / 'some', 'adapter.targets=layers/1/', 'train.steps=1')
+  with pytest.raises(ValueError, match='adapts some layers only'):
+    qalora('generate', tmp_path, f'--adapters={trained} + {tmp_path / "some"}', '--prompt=the')
 
 
 def test_an_adapter_of_peft_stands_beside_one_of_a_workdir(trained, another, qalora, tmp_path):

@@ -1,6 +1,7 @@
 """A tokenizer gives back the text it was given, whatever file it comes from."""
 
 import json
+import shutil
 
 import pytest
 
@@ -107,3 +108,17 @@ def test_unknown_special_token_is_named(trained):
   (trained / 'tokenizer_config.json').write_text('{')
   with pytest.raises(ValueError, match='tokenizer_config.json'):
     tokenizer.load(trained)
+
+
+def test_tokens_that_a_directory_adds_are_marks(assets, tmp_path):
+  shutil.copy(assets / 'models' / 'babyllama_tok105' / 'tokenizer.model', tmp_path)
+  (tmp_path / 'added_tokens.json').write_text('{"<|im_start|>": 105}')
+  described = {'106': {'content': '<|im_end|>', 'special': True}, '107': {'content': '<plain>', 'special': False}}
+  stated = {'added_tokens_decoder': described, 'eos_token': '<|im_end|>'}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(stated))
+  found = tokenizer.load(tmp_path)
+  inside = found.encode('user')
+  ids = tokenizer.encode_marked(found, '<|im_start|>user<|im_end|><plain>')
+  assert ids == [105, *inside, 106, 107]
+  assert found.eos == 106 and found.vocab_size == 105
+  assert found.decode([105, *inside, 106, 107, *inside, 999]) == 'user<plain>user'

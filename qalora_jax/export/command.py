@@ -25,6 +25,7 @@ from qalora_jax.export import own
 # Modules of one shape: DTYPES, check(job), write(directory, job, progress), verify(directory, job, progress).
 FORMATS = {'qalora': own, 'hf': dense, 'mlx': mlx, 'gguf': gguf, 'hf-gptq': gptq}
 _NAMES = (*FORMATS, 'peft')
+_OWN_FLAGS = {'dense': 'gguf', 'allow_lossy': 'hf-gptq'}
 SUMMARY = (
   'Merges the run in --workdir (or takes --model) and writes it to --output.\n'
   '--format=qalora: still quantized, loads again here.  --format=mlx: still quantized, for mlx_lm.\n'
@@ -81,6 +82,11 @@ def _check_values(values: dict) -> None:
   known = FORMATS[chosen].DTYPES if chosen in FORMATS else ('float32',)
   if dtype not in known:
     raise ValueError(f'--dtype={dtype}: what is dense in a {chosen} directory is stored in {" or ".join(known)}.')
+  for flag, owner in _OWN_FLAGS.items():
+    if values[flag] and chosen != owner:
+      raise ValueError(f'--{flag} is for --format={owner}, and says nothing of {chosen}: leave it out.')
+  if hasattr(FORMATS.get(chosen), 'library'):
+    FORMATS[chosen].library()
   if values['convention'] not in peft.CONVENTIONS:
     raise ValueError(f'--convention={values["convention"]}: it is one of {", ".join(peft.CONVENTIONS)}.')
 

@@ -11,6 +11,7 @@ quantize their constants again).  Matrices are dense in float32, float16, bfloat
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -48,8 +49,10 @@ def check(job: job_lib.Job) -> None:
         f'4 bits, and 8 bits without offsets, in groups that are multiples of {BLOCK}.  --dense writes such matrices '
         'dense; --format=mlx holds 8, 4, 3 and 2 bits with offsets, --format=qalora all.'
       )
-  if job.dtype == 'q8_0' and job.config.hidden_size % BLOCK:
-    raise ValueError(f'--dtype=q8_0: {job.config.hidden_size} inputs do not divide into blocks of {BLOCK}.')
+  for path, name, leaf in layout.parts(job.config, jax.eval_shape(lambda: job.tree)):
+    inputs = leaf.shape[0] if layout.is_matrix(path) else leaf.shape[-1]
+    if kind(leaf, job.dtype, job.widen) == 'Q8_0' and inputs % BLOCK:
+      raise ValueError(f'--dtype=q8_0: the {inputs} inputs of {name} do not divide into blocks of {BLOCK}.')
   vocabulary(job.tokenizer_from)
 
 
@@ -174,8 +177,10 @@ def _constants(q: qtensor.QTensor):
 
 def _name(gguf, config: llama.ModelConfig, name: str) -> str:
   """llama.cpp's name of a tensor: blk.0.attn_q.weight."""
-  table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-  return table.get_name(name, try_suffixes=('.weight',))
+  return _names(gguf.get_tensor_name_map, gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers).get_name(name, ('.weight',))
+
+
+_names = functools.lru_cache(maxsize=1)(lambda table, kind, layers: table(kind, layers))
 
 
 def _turned(config: llama.ModelConfig, name: str, rows: np.ndarray, back: bool = False) -> np.ndarray:
@@ -279,7 +284,7 @@ def _sentencepiece(file: pathlib.Path) -> Vocabulary:
       f'{file}: llama.cpp knows SentencePiece models of byte pairs without normalization; this one is of type '
       f'{trainer.ModelType.Name(trainer.model_type)} with normalization {spec.name!r}: write --format=mlx or hf.'
     )
-  return Vocabulary(
+  found = Vocabulary(
     model='llama',
     words='default',
     tokens=[piece.piece for piece in model.pieces],
@@ -288,12 +293,24 @@ def _sentencepiece(file: pathlib.Path) -> Vocabulary:
     space_before=spec.add_dummy_prefix,
     unknown=trainer.unk_id,
   )
+  for token, (text, special) in sorted(tokenizer_lib.added_tokens(file.parent).items()):
+    kind = _CONTROL if special else _USER_DEFINED
+    if token < len(model.pieces):
+      continue  # Said again of <unk>, <s> or </s>.
+    while len(found.tokens) <= token:
+      found.tokens.append(f'[PAD{len(found.tokens)}]')
+      found.kinds.append(_UNUSED)
+      found.scores.append(0.0)
+    found.tokens[token], found.kinds[token] = text, kind
+  return found
 
 
 def _byte_pairs(file: pathlib.Path) -> Vocabulary:
   stated = tensors.read_json(file)
   words, model = _words(stated), stated.get('model', {})
-  if model.get('type') != 'BPE' or words is None or stated.get('normalizer'):
+  # Qwen's normalizes to NFC, which its own GGUF files leave out too.
+  normalizes = stated.get('normalizer') and not (words == 'qwen2' and stated['normalizer'].get('type') == 'NFC')
+  if model.get('type') != 'BPE' or words is None or normalizes:
     raise ValueError(
       f'{file}: llama.cpp knows byte-level BPE with the words of GPT-2, LLaMA 3 or Qwen 2, and this is none of them: '
       'put the tokenizer.model beside it if there is one, or write --format=mlx or hf.'
@@ -304,7 +321,7 @@ def _byte_pairs(file: pathlib.Path) -> Vocabulary:
   tokens, kinds = [], []
   for index in range(max(named) + 1):
     tokens.append(named.get(index, f'[PAD{index}]'))
-    special = _CONTROL if index in added and added[index]['special'] else _USER_DEFINED
+    special = _CONTROL if index in added and added[index].get('special') else _USER_DEFINED
     kinds.append(_UNUSED if index not in named else special if index in added else _NORMAL)
   # Both spellings of a pair are in use: 'a b' and ['a', 'b'].
   merges = [pair if isinstance(pair, str) else ' '.join(pair) for pair in model['merges']]

@@ -104,7 +104,9 @@ def verify(directory, job: job_lib.Job, progress: Callable[[], None] | None = No
 
   # Four roundings: of the bias, of what is stored, of a product and of a sum.
   eps = 4 * float(np.finfo(job.dtype).eps)
-  allowed = lambda path, leaf: verify_lib.rounding(leaf, eps)
+  # Below float16's normal numbers a rounding is half of its smallest step, for a scale as for 2^bits of them.
+  least = float(np.finfo(job.dtype).smallest_subnormal) * 2**8
+  allowed = lambda path, leaf: verify_lib.rounding(leaf, eps) + least
   return verify_lib.verify(job.config, job.tree, f'mlx {mx.__version__}', read, allowed, progress)
 
 

@@ -45,8 +45,14 @@ def render(source: str, messages: list[dict], directory) -> str:
     raise ValueError(
       f'the chat template of {directory} reaches out of its sandbox ({error}); do not trust this checkpoint.'
     ) from error
-  except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-    raise ValueError(f'the chat template of {directory} cannot be used: {error}.') from error
+  except (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError),
+    # Templates that call themselves, or that build a text without end.
+    *(RecursionError, MemoryError),
+  ) as error:
+    raise ValueError(
+      f'the chat template of {directory} cannot be used: {str(error) or type(error).__name__}.'
+    ) from error
 
 
 class _Generation(ext.Extension):

@@ -1,6 +1,7 @@
 """`qalora generate`: text from a prompt, from many, or in a conversation."""
 
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -49,12 +50,15 @@ def main(argv=None) -> str | list[dict]:
   config, values = arguments.config, arguments.values
   if bool(values['prompts']) + bool(values['chat']) + bool(values['prompt'] and not values['chat']) > 1:
     raise ValueError('--prompt, --prompts and --chat exclude each other (but --chat may begin with a --prompt).')
+  for name, other in (('output', 'prompts'), ('system', 'chat')):
+    if values[name] and not values[other]:
+      raise ValueError(f'--{name} goes with --{other}; leave it out, or give both.')
   output = pathlib.Path(values['output']) if values['output'] else None
   if output and output.exists():
     raise ValueError(f'--output={output} exists; name another file or remove it first.')
   asked = records.prompts(values['prompts']) if values['prompts'] else []
   model = adapted.open_any(config, arguments.workdir, values['model'], values['adapters'])
-  model.check([values['adapter'], *(record.get('adapter', '') for record in asked)])
+  model.check([values['adapter'], *(_named(record, '') for record in asked)])
   if values['prompts']:
     return _many(model, config, asked, values['adapter'], output)
   loaded = dataclasses.replace(model.loaded, variables=model.variables([values['adapter']]))
@@ -78,32 +82,45 @@ def _one(loaded: build.Loaded, config, tokens: list[int]) -> str:
 
 
 def _many(model: adapted.Adapted, config, asked: list[dict], usual: str, output: pathlib.Path | None) -> list[dict]:
-  """The records with "text": what continues each prompt by the adapter that it names, else by the `usual` one."""
-  loaded = model.loaded
+  """The records with "text": what continues each prompt by the adapter that it names, else by the `usual` one.
+
+  Written batch by batch into a file that takes the name of `output` when it is whole.
+  """
+  loaded, made = model.loaded, []
   prompts = [_tokens(loaded.tokenizer, record['prompt']) for record in asked]
-  made = []
-  with progress.bar('writing', len(asked)) as bar:
-    for start in range(0, len(asked), config.generate.batch):
-      rows = slice(start, start + config.generate.batch)
-      variables = model.variables([record.get('adapter', usual) for record in asked[rows]])
-      batch = dataclasses.replace(loaded, variables=variables)
-      for record, text in zip(asked[rows], _texts(batch, config, prompts[rows]), strict=True):
-        made.append({**record, 'text': text})
-        bar.advance()
-  lines = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in made)
+  for number, prompt in enumerate(prompts, start=1):
+    try:
+      decode.check(loaded.model, prompt)
+    except ValueError as error:
+      raise ValueError(f'record {number} of --prompts: {error}') from error
+  partial = output.with_name(f'.{output.name}.unfinished') if output else None
   if output:
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(lines, encoding='utf-8')
-  else:
-    print(lines, end='')
+  with progress.bar('writing', len(asked)) as bar, contextlib.ExitStack() as stack:
+    file = stack.enter_context(partial.open('w', encoding='utf-8')) if partial else None
+    for start in range(0, len(asked), config.generate.batch):
+      rows = slice(start, start + config.generate.batch)
+      variables = model.variables([_named(record, usual) for record in asked[rows]])
+      batch = dataclasses.replace(loaded, variables=variables)
+      for record, text in zip(asked[rows], _texts(batch, config, prompts[rows], start), strict=True):
+        made.append({**record, 'text': text})
+        print(json.dumps(made[-1], ensure_ascii=False), file=file, flush=True)
+        bar.advance()
+  if output:
+    partial.replace(output)
   return made
 
 
-def _texts(loaded: build.Loaded, config, prompts: Sequence[list[int]]) -> list[str]:
-  """What continues each of a batch of prompts."""
+def _named(record: dict, usual: str) -> str:
+  """The adapter that a record asks for; '' for none."""
+  return usual if record.get('adapter') is None else record['adapter']
+
+
+def _texts(loaded: build.Loaded, config, prompts: Sequence[list[int]], first: int) -> list[str]:
+  """What continues each of a batch of prompts, the first of which has the number `first`."""
   stops = limits.stops(config.generate.stop)
   texts = [text_lib.Text(loaded.tokenizer, prompt, stops) for prompt in prompts]
-  for tokens in _stream(loaded, config, prompts):
+  for tokens in _stream(loaded, config, prompts, first):
     for text, token in zip(texts, tokens, strict=True):
       if token is not None and token != loaded.tokenizer.eos and not text.over:
         text.add(token)
@@ -132,11 +149,14 @@ def _heard() -> str:
   """A line of standard input; empty at its end."""
   if sys.stdin.isatty():
     print('> ', end='', flush=True)
-  return sys.stdin.readline().strip()
+  try:
+    return sys.stdin.readline().strip()
+  except UnicodeDecodeError as error:
+    raise ValueError(f'standard input is not {error.encoding} ({error.reason}).') from error
 
 
-def _stream(loaded: build.Loaded, config, prompts: Sequence[list[int]]):
-  """`decode.stream` with the config's settings."""
+def _stream(loaded: build.Loaded, config, prompts: Sequence[list[int]], first: int = 0):
+  """`decode.stream` with the config's settings; prompts have numbers from `first` up, by which their draws differ."""
   settings, eos = config.generate, loaded.tokenizer.eos
   return decode.stream(
     # What stood where at birth says nothing now, and is long to compare at every token.
@@ -153,6 +173,7 @@ def _stream(loaded: build.Loaded, config, prompts: Sequence[list[int]]):
       penalty=settings.repetition_penalty,
     ),
     ends=() if eos is None else (eos,),
+    first=first,
   )
 
 

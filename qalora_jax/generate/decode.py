@@ -31,28 +31,25 @@ def stream(
   key,
   settings: sampling.Sampling = _GREEDY,
   ends: Sequence[int] = (),
+  first: int = 0,
 ) -> Iterator[list[int | None]]:
   """Yields, at every step, the next token of every row, None where the row is over; ends when all are.
 
   A row is over after a token of `ends`, after `max_tokens`, or at the model's window.  What a row says depends on its
-  own prompt and its place in the batch (its draws are those of fold_in(key, row)), not on the other prompts.  The
+  own prompt and its number, counted from `first` (its draws are those of fold_in(key, number)), not on the others.  The
   caches of keys and values have one static size, so a token costs the same wherever in the text it stands.
 
-  Raises ValueError for an empty prompt, and for one that fills the window already.
+  Raises ValueError as `check` does.
   """
-  window = model.config.max_position_embeddings
-  lengths = [len(prompt) for prompt in prompts]
-  for length in lengths:
-    if not length:
-      raise ValueError('a prompt has no token to start from.')
-    if length >= window:
-      raise ValueError(f'the prompt has {length} tokens and the model a window of {window}; shorten the prompt.')
+  window, lengths = model.config.max_position_embeddings, [len(prompt) for prompt in prompts]
+  for prompt in prompts:
+    check(model, prompt)
   padded = min(window, _up(max(lengths)))
   tokens_BP = np.zeros((len(prompts), padded), np.int32)
   for row, prompt in enumerate(prompts):
     tokens_BP[row, : len(prompt)] = prompt
   size = min(window, _up(max(lengths) + max_tokens))
-  keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
+  keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(len(prompts)))
   budget = [min(max_tokens, window - length) for length in lengths]
   state, made = _read(model, settings, size, variables, tokens_BP, np.array(lengths, np.int32), keys_B)
   step = 0
@@ -65,6 +62,17 @@ def stream(
     budget = [0 if token in ends else left for token, left in zip(tokens, budget, strict=True)]
     if following is not None:
       state, made = following
+
+
+def check(model: nn.Module, prompt: Sequence[int]) -> None:
+  """ValueError for a prompt that is empty, fills the model's window, or holds a token that the model does not embed."""
+  window, rows = model.config.max_position_embeddings, model.config.vocab_size
+  if not prompt:
+    raise ValueError('a prompt has no token to start from.')
+  if len(prompt) >= window:
+    raise ValueError(f'the prompt has {len(prompt)} tokens and the model a window of {window}; shorten the prompt.')
+  if max(prompt) >= rows:
+    raise ValueError(f'the prompt holds token {max(prompt)} and the model embeds {rows}: its tokenizer is another one.')
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -34,8 +34,13 @@ class Text:
 
   def finish(self) -> str:
     """What was held back and is shown after all, the text being over."""
-    shown = '' if self.over else self._held + (self._spelled() if self._new else '')
-    self.written, self._held, self._new = self.written + shown, '', []
+    if self.over:
+      return ''
+    shown = self._show(self._held + self._spelled())
+    if not self.over:
+      # Nothing follows that could make a stop string of it.
+      self.written, shown = self.written + self._held, shown + self._held
+    self._held, self._new = '', []
     return shown
 
   def _spelled(self) -> str:
