@@ -173,7 +173,8 @@ def render() -> None:
   domains = list(dict.fromkeys(row['domain'] for row in table))
   figure, panels = plt.subplots(1, len(domains), figsize=(7.5 * len(domains), 5), squeeze=False)
   for panel, domain in zip(panels[0], domains, strict=True):
-    own = [row for row in table if row['domain'] == domain]
+    own = [row for row in table if row['domain'] == domain and row['method'] != 'QA-LoRA, not merged']
+    panel.set_prop_cycle(color=plt.get_cmap('tab20').colors)
     for method in dict.fromkeys(row['method'] for row in own):
       points = [row for row in own if row['method'] == method]
       if len(points) == 1:
