@@ -3,7 +3,7 @@
     python -m experiments.decode [--llama]
 
 A LLaMA of 25 million random weights (a token's cost does not depend on them) and a window of 4,096 tokens, dense and
-quantized in 8, 4, 3 and 2 bits by groups of 32.  One process times one token of each in turn, so that a busy machine
+quantized in 8, 4, 3 and 2 bits by groups of 32.  One process writes 16 tokens of each in turn, so that a busy machine
 slows all alike: read the ratios, not the times.  `first_ms` and `last_ms` are the medians of the first and the last
 quarter of the tokens written after a prompt: equal, if a token costs the same wherever in the text it stands.
 `--llama` adds llama.cpp on the exported 4-bit model, on as many threads, if `pip install -e '.[clients]'` was run.
@@ -35,7 +35,7 @@ from qalora_jax.quant import affine
 
 RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'decode'
 CONFIG = llama.ModelConfig(512, 512, 1408, 8, 8, 8, max_position_embeddings=4096, tie_word_embeddings=True)
-CONTEXTS, TOKENS = (64, 512, 1984, 3904), 64
+CONTEXTS, TOKENS, BLOCK = (64, 512, 1984, 3904), 96, 16
 BITS = (32, 8, 4, 3, 2)
 
 
@@ -91,12 +91,15 @@ def measure(with_llama: bool) -> list[dict]:
       if file:
         streams['llama.cpp', 4] = theirs(file, length)
       seconds = {name: [] for name in streams}
-      for step in range(TOKENS):
-        for name, stream in streams.items():
-          begun = time.perf_counter()
+      for stream in streams.values():
+        for _ in range(BLOCK):  # the prompt, the compilations
           next(stream)
-          # The first tokens carry the prompt and the compilation.
-          if step > 2:
+      for _ in range(TOKENS // BLOCK - 1):
+        for name, stream in streams.items():
+          next(stream)  # may wait for what another stream began
+          for _ in range(BLOCK - 1):
+            begun = time.perf_counter()
+            next(stream)
             seconds[name].append(time.perf_counter() - begun)
       for (program, bits), found in seconds.items():
         quarter = len(found) // 4

@@ -164,6 +164,7 @@ def test_rules_are_read_in_order_with_the_types_of_the_base():
 
 def test_every_knob_is_limited_or_free():
   free = {'model.source', 'model.revision', 'model.tokenizer', 'base.targets', 'base.rules', 'adapter.targets'}
+  free |= {'adapter.source', 'generate.stop'}
   free |= {f'{name}.{key}' for name in DATASETS for key in ('path', 'separator', 'start', 'stop')}
   values = leaves(config_lib.default())
   free |= {key for key, value in values.items() if isinstance(value, bool)}

@@ -100,7 +100,7 @@ def test_logits_with_a_past_are_those_of_the_whole_text(models, name):
   lengths, size = np.array([20, 9]), 32
   padded = np.where(np.arange(20)[None] < lengths[:, None], tokens[:, :20], 7)
   first, made = model.apply(variables, padded, only_B=lengths - 1, mutable=[llama.PRESENT])
-  grow = lambda leaf: jnp.pad(leaf, [(0, 0), (0, 0), (0, size - leaf.shape[2]), (0, 0), (0, 0)])
+  grow = lambda leaf: jnp.pad(leaf, [(0, 0), (0, 0), (0, 0), (0, size - leaf.shape[3]), (0, 0)])
   past = jax.tree.map(grow, made[llama.PRESENT])
   found = [first[:, 0]]
   for step in range(4):
@@ -111,7 +111,7 @@ def test_logits_with_a_past_are_those_of_the_whole_text(models, name):
       positions_BT=at[:, None],
       mutable=[llama.PRESENT],
     )
-    put = lambda old, new, at=at, rows=rows: old.at[:, rows, at].set(new[:, :, 0])
+    put = lambda old, new, at=at, rows=rows: old.at[:, rows, :, at].set(new[:, :, :, 0].swapaxes(0, 1))
     past = jax.tree.map(put, past, made[llama.PRESENT])
     found.append(logits[:, 0])
   wanted = jnp.stack([whole[jnp.arange(2), lengths - 1 + step] for step in range(5)])
@@ -179,7 +179,7 @@ def test_the_cache_is_written_in_place(models):
   def compiled(layers):
     model = llama.Llama(dataclasses.replace(config, num_hidden_layers=layers))
     made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-    leaf = jax.ShapeDtypeStruct((layers, rows, size, config.num_key_value_heads, config.head_dim), jnp.float32)
+    leaf = jax.ShapeDtypeStruct((layers, rows, config.num_key_value_heads, size, config.head_dim), jnp.float32)
     count = jax.ShapeDtypeStruct((rows,), jnp.int32)
     state = {'past': {'layers': {'attention': {'k': leaf, 'v': leaf}}}, 'positions': count, 'tokens': count}
     state['seen'] = jax.ShapeDtypeStruct((rows, 0), bool)

@@ -16,8 +16,8 @@ import numpy as np
 from qalora_jax.generate import sampling
 from qalora_jax.models import llama
 
-# Prompts and caches are padded to this many tokens, twice as many, four times ..., so that a growing conversation and
-# prompts of many lengths share few programs.
+# Prompts and caches are padded to multiples of this many tokens, and of an eighth of the next power of two: a growing
+# conversation and prompts of many lengths share few programs, and little of them is padding.
 _LEAST = 64
 _GREEDY = sampling.Sampling()
 
@@ -84,9 +84,9 @@ def _read(model, settings, size: int, variables, tokens_BP, lengths_B, keys_B):
   logits, made = model.apply(variables, tokens_BP, only_B=lengths_B - 1, mutable=[llama.PRESENT])
 
   def grown(leaf):
-    # [N, B, P, K, C] -> [N, B, S, K, C]
-    leaf = leaf[:, :, :size]
-    return jnp.pad(leaf, [(0, 0), (0, 0), (0, size - leaf.shape[2]), (0, 0), (0, 0)])
+    # [N, B, K, P, C] -> [N, B, K, S, C]
+    leaf = leaf[..., :size, :]
+    return jnp.pad(leaf, [(0, 0), (0, 0), (0, 0), (0, size - leaf.shape[-2]), (0, 0)])
 
   seen_BV = jnp.zeros((len(tokens_BP), logits.shape[-1] if settings.remembers else 0), bool)
   if settings.remembers:
@@ -110,7 +110,7 @@ def _write(model, settings, variables, state, keys_B):
   )
   rows_B = jnp.arange(len(positions_B))
   # Rows that are over go on beyond the cache; what falls outside it is dropped.
-  put = lambda old, new: old.at[:, rows_B, positions_B].set(new[:, :, 0], mode='drop')
+  put = lambda old, new: old.at[:, rows_B, :, positions_B].set(new[..., 0, :].swapaxes(0, 1), mode='drop')
   past = jax.tree.map(put, state['past'], made.get(llama.PRESENT, {}))
   return _chosen(settings, {**state, 'past': past, 'positions': positions_B + 1}, logits, keys_B)
 
@@ -127,4 +127,5 @@ def _chosen(settings, state, logits_B1V, keys_B):
 
 
 def _up(tokens: int) -> int:
-  return _LEAST * 2 ** max(0, math.ceil(math.log2(tokens / _LEAST)))
+  step = max(_LEAST, 2 ** (math.ceil(math.log2(tokens)) - 3))
+  return math.ceil(tokens / step) * step

@@ -4,8 +4,8 @@ B batch, T time, S time of the past, D model, F mlp, H heads, K key/value heads,
 
 Generation keeps the keys and values of earlier tokens in a collection of their own, in the tree of the layers:
 
-    past/layers/attention/k, v       [N, B, S, K, C] read where it is there: what the tokens also look at
-    present/layers/attention/k, v    [N, B, T, K, C] written where it is mutable: those of the tokens at hand
+    past/layers/attention/k, v       [N, B, K, S, C] read where it is there: what the tokens also look at
+    present/layers/attention/k, v    [N, B, K, T, C] written where it is mutable: those of the tokens at hand
 """
 
 import dataclasses
@@ -137,7 +137,7 @@ class Attention(nn.Module):
     v_BTKC = project('v_proj', c.num_key_value_heads)
     for name, value in (('k', k_BTKC), ('v', v_BTKC)):
       if self.is_mutable_collection(PRESENT) and not self.is_initializing():
-        self.put_variable(PRESENT, name, value)
+        self.put_variable(PRESENT, name, value.swapaxes(1, 2))
     if self.has_variable(PAST, 'k'):
       past = self.get_variable(PAST, 'k'), self.get_variable(PAST, 'v')
       y_BTHC = attend_to_past(q_BTHC, k_BTKC, v_BTKC, mask_B1TT, *past, positions_BT[:, 0])
@@ -147,23 +147,23 @@ class Attention(nn.Module):
     return linear.Linear(c.hidden_size, ('heads', 'embed'), self.scheme, name='o_proj')(y)
 
 
-def attend_to_past(q_BTHC, k_BTKC, v_BTKC, mask_B1TT, past_k_BSKC, past_v_BSKC, start_B) -> jax.Array:
+def attend_to_past(q_BTHC, k_BTKC, v_BTKC, mask_B1TT, past_k_BKSC, past_v_BKSC, start_B) -> jax.Array:
   """Attention [B, T, H, C] of T tokens to themselves, as the mask says, and to the first start_B entries of the past.
 
   One softmax over both, in float32; the past is read where it lies, never copied beside the present.
   """
   B, T, H, C = q_BTHC.shape
-  K, S = k_BTKC.shape[2], past_k_BSKC.shape[1]
+  K, S = past_k_BKSC.shape[1:3]
   q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C)
-  scores = lambda k: jnp.einsum('btkgc,bskc->bkgts', q_BTKGC, k, preferred_element_type=jnp.float32) / math.sqrt(C)
+  scores = lambda k: jnp.einsum('btkgc,bksc->bkgts', q_BTKGC, k, preferred_element_type=jnp.float32) / math.sqrt(C)
   seen_B111S = (jnp.arange(S)[None] < start_B[:, None])[:, None, None, None]
   masked = [
-    jnp.where(seen_B111S, scores(past_k_BSKC), -jnp.inf),
-    jnp.where(mask_B1TT[:, :, None], scores(k_BTKC), -jnp.inf),
+    jnp.where(seen_B111S, scores(past_k_BKSC), -jnp.inf),
+    jnp.where(mask_B1TT[:, :, None], scores(k_BTKC.swapaxes(1, 2)), -jnp.inf),
   ]
   p = jax.nn.softmax(jnp.concatenate(masked, axis=-1), axis=-1).astype(v_BTKC.dtype)
-  mix = lambda p, v: jnp.einsum('bkgts,bskc->btkgc', p, v, preferred_element_type=jnp.float32)
-  y_BTKGC = mix(p[..., :S], past_v_BSKC) + mix(p[..., S:], v_BTKC)
+  mix = lambda p, v: jnp.einsum('bkgts,bksc->btkgc', p, v, preferred_element_type=jnp.float32)
+  y_BTKGC = mix(p[..., :S], past_v_BKSC) + mix(p[..., S:], v_BTKC.swapaxes(1, 2))
   return y_BTKGC.reshape(B, T, H, C).astype(q_BTHC.dtype)
 
 
