@@ -6,6 +6,9 @@
 
 Scale and offset are rounded to float16 once; other widths have no block of their own here (llama.cpp's Q2_K and Q3_K
 quantize their constants again).  Matrices are dense in float32, float16, bfloat16 or rounded to Q8_0; norms in float32.
+
+llama.cpp joins no repeated spaces, as some SentencePiece models do, and stops at a character that a vocabulary without
+bytes does not have: such texts it reads otherwise.
 """
 
 from collections.abc import Callable
