@@ -119,11 +119,7 @@ def main() -> None:
   words = sys.argv[1:]
   rows = measure('--llama' in words)
   settings = {'weights': f'{CONFIG.num_hidden_layers} layers of {CONFIG.hidden_size}', 'tokens': TOKENS}
-  content = report.document(' '.join(['python -m experiments.decode', *words]), rows, **settings)
-  report.write(RESULTS.with_suffix('.json'), content)
-  head = f'`{content["command"]}`, commit {content["commit"]}, {content["date"]}, {content["machine"]}; {settings}\n\n'
-  RESULTS.with_suffix('.md').write_text(head + report.markdown(rows))
-  report.show('one generated token', rows)
+  report.publish(RESULTS, 'one generated token', ' '.join(['python -m experiments.decode', *words]), rows, **settings)
 
 
 if __name__ == '__main__':

@@ -126,11 +126,7 @@ def main() -> None:
   directory = pathlib.Path(model) if model else babyllama.ASSETS / 'models' / 'babyllama_tok105'
   rows = measure(directory, '--peft' in words)
   settings = {'model': directory.name, 'rows_per_step': ROWS, 'window': WINDOW, 'rank': RANK, 'rounds': ROUNDS}
-  content = report.document('python -m experiments.train_step ' + ' '.join(words), rows, **settings)
-  report.write(RESULTS.with_suffix('.json'), content)
-  head = f'`{content["command"]}`, commit {content["commit"]}, {content["date"]}, {content["machine"]}; {settings}\n\n'
-  RESULTS.with_suffix('.md').write_text(head + report.markdown(rows))
-  report.show('one training step', rows)
+  report.publish(RESULTS, 'one training step', 'python -m experiments.train_step ' + ' '.join(words), rows, **settings)
 
 
 if __name__ == '__main__':

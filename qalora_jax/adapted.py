@@ -1,7 +1,9 @@
 """Named adapters on one base, for the commands: `--adapters='ann: runs/a; bob: runs/b*0.7 + runs/c*0.3'`."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -90,7 +92,7 @@ def open_summed(config, model: str, text: str) -> build.Loaded:
   if others or name:
     raise ValueError("named adapters are chosen from, not merged: write a sum, 'runs/a*0.7 + runs/b*0.3'.")
   base = _base(config, model, [directory for directory, _ in terms])
-  params = _summed(config, base, terms)
+  params = _summed(config, base, _fingerprint(base), terms)
   origin = {'source': str(base.origin['source']), 'adapters': text}
   return dataclasses.replace(base, variables={**base.variables, 'params': params}, origin=origin)
 
@@ -99,7 +101,8 @@ def open_named(config, model: str, text: str) -> Adapted:
   """The base with all adapters that `text` names side by side."""
   wanted = parse(text)
   base = _base(config, model, [directory for terms in wanted.values() for directory, _ in terms])
-  trees = [_summed(config, base, terms) for terms in wanted.values()]
+  fingerprint = _fingerprint(base)
+  trees = [_summed(config, base, fingerprint, terms) for terms in wanted.values()]
   params = several.stack(trees, base.variables['frozen'])
   return Adapted(dataclasses.replace(base, variables={**base.variables, 'params': params}), tuple(wanted))
 
@@ -118,14 +121,19 @@ def _base(config, model: str, directories) -> build.Loaded:
   return loaded
 
 
-def _summed(config, base: build.Loaded, terms) -> dict:
-  trees = [_params(config, base, directory) for directory, _ in terms]
+def _fingerprint(base: build.Loaded) -> Callable[[], int]:
+  """The fingerprint of the base, taken once where a workdir asks for it: all of its bytes are read for that."""
+  return functools.cache(lambda: build.fingerprint(jax.device_get(base.variables['frozen'])))
+
+
+def _summed(config, base: build.Loaded, fingerprint: Callable[[], int], terms) -> dict:
+  trees = [_params(config, base, fingerprint, directory) for directory, _ in terms]
   if len(trees) == 1 and terms[0][1] == 1.0:
     return trees[0]
   return several.add(trees, [weight for _, weight in terms], base.variables['frozen'])
 
 
-def _params(config, base: build.Loaded, directory: pathlib.Path) -> dict:
+def _params(config, base: build.Loaded, fingerprint: Callable[[], int], directory: pathlib.Path) -> dict:
   """The adapter in `directory`, on the device; ValueError where it belongs to another base."""
   if build.is_run(directory):
     choices = build.own_config(config, directory).adapter.to_dict()
@@ -138,7 +146,7 @@ def _params(config, base: build.Loaded, directory: pathlib.Path) -> dict:
       'on one base: use it alone, by --model.'
     )
   if build.is_run(directory):
-    build.check_base(directory, jax.device_get(base.variables['frozen']), remember=False)
+    build.check_fingerprint(directory, fingerprint())
   at, blank = sharding.place(abstract, build.make_mesh(config), config.sharding.fallback), nn.unbox(abstract)
   if build.is_run(directory):
     placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), blank, at)

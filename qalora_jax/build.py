@@ -274,15 +274,18 @@ def fingerprint(frozen: dict) -> int:
   return crc
 
 
-def check_base(workdir, frozen: dict, *, remember: bool = True) -> None:
-  """ValueError if the base of the workdir is another one now; with `remember`, the first one is written down there."""
-  path = pathlib.Path(workdir) / _BASE_FILE
-  found = fingerprint(frozen)
+def check_base(workdir, frozen: dict) -> None:
+  """Remembers in the workdir which base its adapter belongs to; ValueError if the base is another one now."""
+  path, found = pathlib.Path(workdir) / _BASE_FILE, fingerprint(frozen)
   if not path.exists():
-    if not remember:
-      return
     path.write_text(json.dumps({'crc32': found}) + '\n')
-  elif json.loads(path.read_text())['crc32'] != found:
+  check_fingerprint(workdir, found)
+
+
+def check_fingerprint(workdir, found: int) -> None:
+  """ValueError if the workdir remembers another base than the one of this fingerprint."""
+  path = pathlib.Path(workdir) / _BASE_FILE
+  if path.exists() and json.loads(path.read_text())['crc32'] != found:
     raise ValueError(
       f'{path}: the base weights are not those this adapter was trained on (fingerprint {found}). '
       'The source has changed since, or was quantized elsewhere with another rounding; restore it, or train anew.'

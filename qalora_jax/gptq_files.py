@@ -48,7 +48,7 @@ def describe(directory) -> dict[str, qtensor.Form]:
       wanted[names[0]] = hf.dense_wanted(path, shape)
       continue
     bits, group = stated['bits'], qtensor.check_group(shape[0], stated['group_size'], f'{directory}: {module}')
-    wanted |= _fields(module, shape, bits, group, found)
+    wanted |= _fields(module, shape, bits, group)
     scale = found.get(f'{module}.scales')
     form = qtensor.Form(bits, group, scale='float16' if scale and scale.dtype == 'F16' else 'float32')
     forms[linear.weight_name(layout.module(path))] = form
@@ -98,18 +98,12 @@ def version(directory) -> str:
   return _stated(directory)['checkpoint_format']
 
 
-def unpacked(qweight, qzeros, scales, bits: int, version: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(codes [I, O], zeros [L, O], scales [L, O]) as numbers."""
-  codes = bitstream.unpack(qweight.view(np.uint32).T, bits).T
-  zeros = bitstream.unpack(qzeros.view(np.uint32), bits).astype(np.int32)
+def _qtensor(qweight, qzeros, scales, form: qtensor.Form, version: str) -> qtensor.QTensor:
+  codes = bitstream.unpack(qweight.view(np.uint32).T, form.bits).T
+  zeros = bitstream.unpack(qzeros.view(np.uint32), form.bits).astype(np.int32)
   if version == 'gptq':
     # Stored in `bits` bits, 0 - 1 is the largest number.
-    zeros = (zeros + 1) % 2**bits
-  return codes, zeros, scales
-
-
-def _qtensor(qweight, qzeros, scales, form: qtensor.Form, version: str) -> qtensor.QTensor:
-  codes, zeros, scales = unpacked(qweight, qzeros, scales, form.bits, version)
+    zeros = (zeros + 1) % 2**form.bits
   half = 2 ** (form.bits - 1)
   offset = scales.astype(np.float32) * (half - zeros)
   planes = qtensor.pack(jnp.asarray(codes.astype(np.int32) - half), form.bits)
@@ -127,7 +121,7 @@ def _check_extra(directory, name: str, value: np.ndarray, group: int | None) -> 
     )
 
 
-def _fields(module: str, shape, bits: int, group: int, found) -> dict[str, tensors.Wanted]:
+def _fields(module: str, shape, bits: int, group: int) -> dict[str, tensors.Wanted]:
   inputs, outputs = shape
   return {
     f'{module}.qweight': tensors.Wanted((inputs * bits // 32, outputs), ('I32',)),

@@ -6,6 +6,7 @@ of names and that transposition are all that stands between the two.
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 import dataclasses
 import functools
 import pathlib
@@ -219,14 +220,26 @@ def write(
   if dtype not in DTYPES:
     raise ValueError(f'dtype = {dtype!r}; weights are written in one of {", ".join(DTYPES)}.')
 
-  def dense():
-    for path, name, leaf in layout.parts(config, tree, progress):
-      matrix = np.asarray(_dequantize(leaf) if isinstance(leaf, qtensor.QTensor) else leaf)
-      yield name, cast(matrix.T if layout.is_matrix(path) else matrix, dtype, name)
-
+  dense = lambda name, q: [(name, cast(np.asarray(_dequantize(q)).T, dtype, name))]
+  every = named(config, tree, dtype, dense, progress)
   publish(
-    directory, config, dense(), dtype=dtype, tokenizer_from=tokenizer_from, bos=bos, eos=eos, shard_bytes=shard_bytes
+    directory, config, every, dtype=dtype, tokenizer_from=tokenizer_from, bos=bos, eos=eos, shard_bytes=shard_bytes
   )
+
+
+def named(
+  config: llama.ModelConfig,
+  tree: dict,
+  dtype: str,
+  quantized: Callable[[str, qtensor.QTensor], Iterable[tuple[str, np.ndarray]]],
+  progress: Callable[[], None] | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, tensor) of every weight: a dense one in `dtype`, a quantized one as quantized(name, matrix) says."""
+  for path, name, leaf in layout.parts(config, tree, progress):
+    if isinstance(leaf, qtensor.QTensor):
+      yield from quantized(name, leaf)
+    else:
+      yield name, cast(leaf.T if layout.is_matrix(path) else leaf, dtype, name)
 
 
 def publish(

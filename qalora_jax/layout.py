@@ -71,6 +71,18 @@ def unstacked(path: str) -> str:
   return f'{linear.STACK}/{path.partition("/")[2]}' if is_stacked(path) else path
 
 
+def layer_names(path, leaf) -> list[str]:
+  """The names of the layers of a stacked leaf, whatever stack its key path is in: layers/3/mlp/down_proj/adapter/a, ...
+
+  ValueError for a leaf that stands outside the stacks.
+  """
+  stack, _, rest = jax.tree_util.keystr(path, simple=True, separator='/').partition('/')
+  if not is_stacked(stack):
+    raise ValueError(f'{stack} has an adapter; those that are stored stand beside projections of the blocks.')
+  start = linear.starts([stack])[0]
+  return [f'{linear.STACK}/{layer}/{rest}' for layer in range(start, start + leaf.shape[0])]
+
+
 def module(name: str) -> str:
   """What a path or a name belongs to: layers/mlp/down_proj, model.layers.0.mlp.down_proj."""
   return name.removesuffix('/kernel').removesuffix('.weight')

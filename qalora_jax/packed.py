@@ -241,11 +241,11 @@ def load_adapter(directory, blank: dict) -> dict:
   """
   file = pathlib.Path(directory) / ADAPTER
   found, named = tensors.load_file(file), jax.tree.leaves_with_path(blank)
-  wanted = {name: leaf.shape[1:] for path, leaf in named for name in _layer_names(path, leaf)}
+  wanted = {name: leaf.shape[1:] for path, leaf in named for name in layout.layer_names(path, leaf)}
   wrong = sorted(name for name, _ in wanted.items() ^ {name: leaf.shape for name, leaf in found.items()}.items())
   if wrong:
     raise ValueError(f'{file} does not fit the model: {", ".join(wrong[:8])}; quantize the source again.')
-  stacked = [np.stack([found[name] for name in _layer_names(path, leaf)]) for path, leaf in named]
+  stacked = [np.stack([found[name] for name in layout.layer_names(path, leaf)]) for path, leaf in named]
   return jax.tree.unflatten(jax.tree.structure(blank), stacked)
 
 
@@ -254,15 +254,8 @@ def _adapter_tensors(params: dict) -> dict:
   return {
     name: leaf[at]
     for path, leaf in jax.tree.leaves_with_path(params)
-    for at, name in enumerate(_layer_names(path, leaf))
+    for at, name in enumerate(layout.layer_names(path, leaf))
   }
-
-
-def _layer_names(path, leaf) -> list[str]:
-  """The names of a stacked leaf's layers, whatever stack they are in."""
-  stack, _, rest = jax.tree_util.keystr(path, simple=True, separator='/').partition('/')
-  start = linear.starts([stack])[0]
-  return [f'{linear.STACK}/{layer}/{rest}' for layer in range(start, start + leaf.shape[0])]
 
 
 def _field_names(name: str, form: qtensor.Form) -> list[str]:

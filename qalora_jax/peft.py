@@ -134,7 +134,7 @@ def load(directory, config: llama.ModelConfig, blank: dict) -> dict:
   """
   stated, file = _stated(directory), pathlib.Path(directory) / WEIGHTS
   found = tensors.load_file(file)
-  flat, names = {}, layout.weights(config)
+  flat, weights = {}, {name: weight for weight, name in layout.weights(config).items()}
   for module, inputs, node in _adapters(config, blank):
     a = found.get(f'{_PREFIX}{module}.lora_A.weight')
     b = found.get(f'{_PREFIX}{module}.lora_B.weight')
@@ -151,16 +151,9 @@ def load(directory, config: llama.ModelConfig, blank: dict) -> dict:
     if isinstance(node, qalora.QALoRA):
       convention = 'peft' if stated.get('use_qalora') else 'released'
       b = b / np.float32(_factor(node, inputs, convention))
-    flat[module] = (a, b)
-
-  def fill(path, leaf):
-    stack, _, rest = jax.tree_util.keystr(path, simple=True, separator='/').partition('/')
-    start = linear.starts([stack])[0]
-    weight, _, part = rest.rpartition('/adapter/')
-    layers = range(start, start + leaf.shape[0])
-    return np.stack([flat[names[f'{linear.STACK}/{layer}/{weight}']][part == 'b'] for layer in layers])
-
-  return jax.tree.map_with_path(fill, blank)
+    flat |= {f'{weights[module]}/adapter/a': a, f'{weights[module]}/adapter/b': b}
+  stacked = lambda path, leaf: np.stack([flat[name] for name in layout.layer_names(path, leaf)])
+  return jax.tree.map_with_path(stacked, blank)
 
 
 def _factor(node: qalora.QALoRA, inputs: int, convention: str) -> float:
@@ -177,14 +170,8 @@ def _adapters(config: llama.ModelConfig, params: dict):
   for path, node in jax.tree.leaves_with_path(params, is_leaf=is_leaf):
     if not is_leaf(node):
       continue
-    stack, _, rest = jax.tree_util.keystr(path, simple=True, separator='/').partition('/')
-    if not linear.starts([stack]):
-      raise ValueError(
-        f'{stack} has an adapter; those of PEFT directories stand beside projections of the blocks here.'
-      )
-    weight, start = rest.removesuffix('/adapter'), linear.starts([stack])[0]
-    for at in range(node.a.shape[0]):
-      module = names[f'{linear.STACK}/{start + at}/{weight}']
+    for at, name in enumerate(layout.layer_names(path, node.a)):
+      module = names[name.removesuffix('/adapter')]
       yield module, sizes[module], jax.tree.map(lambda leaf, at=at: _at(leaf, at), node)
 
 

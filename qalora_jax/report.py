@@ -65,6 +65,15 @@ def show(title: str, rows: list[dict]) -> None:
   progress.console.print(table)
 
 
+def publish(place: pathlib.Path, title: str, command: str, rows: list[dict], **settings) -> None:
+  """Writes place.json (`document`) and place.md, a table under a line that says where it comes from, and shows it."""
+  content = document(command, rows, **settings)
+  write(place.with_suffix('.json'), content)
+  head = f'`{content["command"]}`, commit {content["commit"]}, {content["date"]}, {content["machine"]}; {settings}\n\n'
+  place.with_suffix('.md').write_text(head + markdown(rows))
+  show(title, rows)
+
+
 def markdown(rows: list[dict]) -> str:
   """The rows as a Markdown table."""
   columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -64,13 +64,7 @@ def write(directory, job: job_lib.Job, progress: Callable[[], None] | None = Non
   # v1 stores zero - 1, which 0 has no place for.
   version = 'gptq_v2' if any(int(_zeros(leaf).min()) == 0 for leaf in kinds.values()) else 'gptq'
 
-  def named():
-    for path, name, leaf in layout.parts(job.config, job.tree, progress):
-      if isinstance(leaf, qtensor.QTensor):
-        yield from _tensors(layout.module(name), leaf, version)
-      else:
-        yield name, hf.cast(leaf.T if layout.is_matrix(path) else leaf, job.dtype, name)
-
+  quantized = lambda name, leaf: _tensors(layout.module(name), leaf, version)
   stated = {
     'quant_method': gptq_files.METHOD,
     'checkpoint_format': version,
@@ -83,7 +77,7 @@ def write(directory, job: job_lib.Job, progress: Callable[[], None] | None = Non
   hf.publish(
     directory,
     job.config,
-    named(),
+    hf.named(job.config, job.tree, job.dtype, quantized, progress),
     dtype=job.dtype,
     shard_bytes=hf.SHARD_BYTES,
     more={'quantization_config': stated},

@@ -47,15 +47,17 @@ def write(directory, job: job_lib.Job, progress: Callable[[], None] | None = Non
   """Writes the model tensor by tensor; what is dense there stays dense."""
   forms = {layout.module(name): (_group(leaf), leaf.bits) for _, name, leaf in layout.matrices(job.config, job.tree)}
 
-  def named():
-    for path, name, leaf in layout.parts(job.config, job.tree, progress):
-      if isinstance(leaf, qtensor.QTensor):
-        yield from _tensors(layout.module(name), leaf, job.dtype)
-      else:
-        yield name, hf.cast(leaf.T if layout.is_matrix(path) else leaf, job.dtype, name)
-
+  quantized = lambda name, leaf: _tensors(layout.module(name), leaf, job.dtype)
   more = quantization(forms)
-  hf.publish(directory, job.config, named(), dtype=job.dtype, shard_bytes=hf.SHARD_BYTES, more=more, **job.tokenizer)
+  hf.publish(
+    directory,
+    job.config,
+    hf.named(job.config, job.tree, job.dtype, quantized, progress),
+    dtype=job.dtype,
+    shard_bytes=hf.SHARD_BYTES,
+    more=more,
+    **job.tokenizer,
+  )
 
 
 def quantization(forms: dict[str, tuple[int, int]]) -> dict:

@@ -1,8 +1,10 @@
 """`qalora generate`: text from a prompt, from many, or in a conversation."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -70,15 +72,9 @@ def main(argv=None) -> str | list[dict]:
 
 def _one(loaded: build.Loaded, config, tokens: list[int]) -> str:
   """Shows what continues one prompt."""
-  text = text_lib.Text(loaded.tokenizer, tokens, limits.stops(config.generate.stop))
-  for (token,) in _stream(loaded, config, [tokens]):
-    if token == loaded.tokenizer.eos:
-      break
-    print(text.add(token), end='', flush=True)
-    if text.over:
-      break
-  print(text.finish(), flush=True)
-  return text.written
+  (text,) = _texts(loaded, config, [tokens], show=functools.partial(print, end='', flush=True))
+  print()
+  return text
 
 
 def _many(model: adapted.Adapted, config, asked: list[dict], usual: str, output: pathlib.Path | None) -> list[dict]:
@@ -116,18 +112,20 @@ def _named(record: dict, usual: str) -> str:
   return usual if record.get('adapter') is None else record['adapter']
 
 
-def _texts(loaded: build.Loaded, config, prompts: Sequence[list[int]], first: int) -> list[str]:
-  """What continues each of a batch of prompts, the first of which has the number `first`."""
+def _texts(
+  loaded: build.Loaded, config, prompts: Sequence[list[int]], first: int = 0, show: Callable = lambda piece: None
+) -> list[str]:
+  """What continues each of a batch of prompts, the first of which has the number `first`; show(piece) as it comes."""
   stops = limits.stops(config.generate.stop)
   texts = [text_lib.Text(loaded.tokenizer, prompt, stops) for prompt in prompts]
   for tokens in _stream(loaded, config, prompts, first):
     for text, token in zip(texts, tokens, strict=True):
       if token is not None and token != loaded.tokenizer.eos and not text.over:
-        text.add(token)
+        show(text.add(token))
     if all(text.over for text in texts):
       break
   for text in texts:
-    text.finish()
+    show(text.finish())
   return [text.written for text in texts]
 
 
@@ -155,7 +153,7 @@ def _heard() -> str:
     raise ValueError(f'standard input is not {error.encoding} ({error.reason}).') from error
 
 
-def _stream(loaded: build.Loaded, config, prompts: Sequence[list[int]], first: int = 0):
+def _stream(loaded: build.Loaded, config, prompts: Sequence[list[int]], first: int):
   """`decode.stream` with the config's settings; prompts have numbers from `first` up, by which their draws differ."""
   settings, eos = config.generate, loaded.tokenizer.eos
   return decode.stream(
