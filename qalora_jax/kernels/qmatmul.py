@@ -1,17 +1,16 @@
-"""`qmatmul`: dispatch over implementations, and the gradient, written once above them all."""
+"""`qmatmul`: the one reader of frozen weights, and the gradient, written once above all who can multiply."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from qalora_jax.kernels import mesh
+from qalora_jax.kernels import plan
+from qalora_jax.kernels import product
 from qalora_jax.kernels import reference
-from qalora_jax.kernels import xla
 from qalora_jax.quant import latent
 from qalora_jax.quant import qtensor
-
-_FORWARD = {'xla': xla.forward}
-_TRANSPOSE = {'xla': xla.transpose}
 
 
 def qmatmul(x, w, impl: str | None = None) -> jax.Array:
@@ -27,39 +26,74 @@ def qmatmul(x, w, impl: str | None = None) -> jax.Array:
   For a Latent the result is that of w.quantize(), and so is dx; w learns by `latent.gradient` of x.T @ dy, summed in
   float32.  Between forward and backward x and w are kept.
 
-  `impl`: 'xla'; 'reference' (the specification under plain autodiff); None chooses.  Raises ValueError for another
-  name, or where shapes do not meet.
+  `impl`: 'xla', 'tpu', 'mosaic_gpu', 'triton', each of which raises where it cannot run; 'reference' (the
+  specification under plain autodiff); None chooses (`plan.choose`), and `plan.using` chooses for a whole model.
+
+  Raises ValueError, at trace time, for shapes that do not meet, planes that are not those of w's bits and inputs,
+  and an `impl` that is unknown or cannot make this product on this device (`product.Refused`, which says why);
+  TypeError for an x that is neither float32, bfloat16 nor float16.
   """
   if x.shape[-1] != w.shape[-2]:
     raise ValueError(f'qmatmul: x has {x.shape[-1]} inputs, the weight {w.shape[-2]}.')
   trains = isinstance(w, latent.Latent)
   if not trains and not isinstance(w, qtensor.QTensor):
     return jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+  if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    raise TypeError(f'qmatmul: x is {x.dtype}; it multiplies float32, bfloat16 and float16.')
+  if not trains:
+    qtensor.check(w)
   if impl == 'reference':
     return _specified(x, w) if trains else reference.qmatmul(x, w)
-  impl = impl or 'xla'
-  if impl not in _FORWARD:
-    raise ValueError(f'qmatmul: no implementation {impl!r}; there are {sorted([*_FORWARD, "reference"])}.')
   return _rounded(x, w, impl) if trains else _quantized(x, w, impl)
+
+
+def _multiply(x, w, impl, transposed=False):
+  """x @ dense(w), or x @ dense(w).T, by whoever `impl` or the plan says."""
+  division = mesh.divide(x, w)
+  whole = product.Product.of(x, w, transposed)
+  made = plan.choose(division.local(whole), product.device(), impl)
+  multiply = made.module.transpose if transposed else made.module.forward
+  run = functools.partial(multiply, blocks=made.blocks, interpret=made.interpret)
+  if made.name == 'xla':
+    # XLA divides its own products; a kernel is one device's.
+    return run(x, w, out_dtype=x.dtype)
+  local = lambda x, w, out_dtype: _vectorized(functools.partial(run, out_dtype=out_dtype))(x, w)
+  return mesh.run(local, x, w, division, transposed)
+
+
+def _vectorized(multiply):
+  """`multiply` with its own vmap: more rows where x alone is mapped, one product after the other where w is."""
+  call = jax.custom_batching.custom_vmap(multiply)
+
+  @call.def_vmap
+  def _(size, batched, x, w):
+    x_batched, w_batched = batched
+    if x_batched and not any(jax.tree.leaves(w_batched)):
+      return _vectorized(multiply)(x, w), True
+    pick = lambda leaf, batched, at: leaf[at] if batched else leaf
+    one = lambda at: multiply(*jax.tree.map(lambda leaf, b: pick(leaf, b, at), (x, w), (x_batched, w_batched)))
+    return jax.lax.map(one, jnp.arange(size)), True
+
+  return call
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized(x, w, impl):
-  return _FORWARD[impl](x, w)
+  return _multiply(x, w, impl)
 
 
 def _keep(x, w, impl):
-  return _FORWARD[impl](x, w), (None if w.offset is None else reference.pool(x, w.groups), w)
+  return _multiply(x, w, impl), (None if w.offset is None else reference.pool(x, w.groups), w)
 
 
 def _gradients(impl, kept, dy):
   pooled, w = kept
+  dx = _multiply(dy, w, impl, transposed=True)
   if w.offset is None:
-    return _TRANSPOSE[impl](dy, w), None
+    return dx, None
   rows = dy.reshape(-1, dy.shape[-1]).astype(jnp.float32)
   doffset = jnp.dot(pooled.reshape(-1, w.groups).T, rows, precision=jax.lax.Precision.HIGHEST)
-  dw = w.replace(planes=None, scale=None, offset=doffset.astype(w.offset.dtype))
-  return _TRANSPOSE[impl](dy, w), dw
+  return dx, w.replace(planes=None, scale=None, layer=None, offset=doffset.astype(w.offset.dtype))
 
 
 _quantized.defvjp(_keep, _gradients)
@@ -73,7 +107,7 @@ def _specified(x, w: latent.Latent):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rounded(x, w, impl):
-  return _FORWARD[impl](x, _used(w))
+  return _multiply(x, _used(w), impl)
 
 
 def _estimates(impl, kept, dy):
@@ -81,7 +115,7 @@ def _estimates(impl, kept, dy):
   rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
   precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   ddense = jnp.dot(rows.T, drows, precision=precision, preferred_element_type=jnp.float32)
-  return _TRANSPOSE[impl](dy, _used(w)), latent.gradient(w, ddense)
+  return _multiply(dy, _used(w), impl, transposed=True), latent.gradient(w, ddense)
 
 
 _rounded.defvjp(lambda x, w, impl: (_rounded(x, w, impl), (x, w)), _estimates)

@@ -11,6 +11,7 @@ keeps it.
 import jax
 import jax.numpy as jnp
 
+from qalora_jax.kernels import product as product_lib
 from qalora_jax.kernels import reference
 from qalora_jax.quant import qtensor
 
@@ -18,14 +19,32 @@ from qalora_jax.quant import qtensor
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def forward(x, w: qtensor.QTensor) -> jax.Array:
+def worthwhile(product: product_lib.Product, device: product_lib.Device) -> bool:
+  """Always: it is what everything else is measured by."""
+  return True
+
+
+def plan(product: product_lib.Product, device: product_lib.Device) -> None:
+  """It refuses nothing and plans nothing: XLA does."""
+
+
+def forward(x, w: qtensor.QTensor, blocks=None, *, out_dtype=None, interpret=False):
   """x [..., I] @ dense(w) -> [..., O]."""
-  return sums(x, w).astype(x.dtype)
+  return sums(*_within_loops(x, w)).astype(out_dtype or x.dtype)
 
 
-def transpose(dy, w: qtensor.QTensor) -> jax.Array:
+def transpose(dy, w: qtensor.QTensor, blocks=None, *, out_dtype=None, interpret=False):
   """dy [..., O] @ dense(w).T -> [..., I]."""
-  return transposed_sums(dy, w).astype(dy.dtype)
+  return transposed_sums(*_within_loops(dy, w)).astype(out_dtype or dy.dtype)
+
+
+def _within_loops(x, w):
+  """The operands, tied together off CPU.
+
+  Else XLA moves the dequantization of weights that a loop leaves alone out of it and keeps all of them dense: on
+  an accelerator they are then read at 16 bits a weight at every step.  On CPU that is the faster way.
+  """
+  return (x, w) if product_lib.device().platform == 'cpu' else jax.lax.optimization_barrier((x, w))
 
 
 def sums(x, w: qtensor.QTensor) -> jax.Array:

@@ -18,6 +18,18 @@ PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
 WORD = 32
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """The axes of a mesh over which x [rows, ..., I] @ w [I, O] is divided: those of its rows, of I and of O.
+
+  A mesh axis that divides rows as well as weights (FSDP) does not divide the product: weights are gathered over it.
+  """
+
+  rows: tuple[str, ...] = ()
+  inputs: str | None = None
+  outputs: str | None = None
+
+
 class QTensor(struct.PyTreeNode):
   """A matrix [I, O] in codes of `bits` bits, in groups of `group` inputs.
 
@@ -32,6 +44,12 @@ class QTensor(struct.PyTreeNode):
     offset is None where there is none (it is 0 then, and takes no bytes).
   * every field keeps the axes (inputs, outputs) of the matrix, so one PartitionSpec is a valid prefix for all;
     only the few constants of a Doubled have fewer axes.
+
+  Two more say where the matrix lies; they are set by a model while it runs and are never stored:
+
+  * layer: with an int32 index, the matrix is that one of a stack: planes and scale have an axis of layers before the
+    others, offset has not.  So a loop over layers reads the stack where it lies and copies none of it.
+  * split: how the product with it is divided over a mesh.
   """
 
   planes: tuple[jax.Array, ...]
@@ -40,6 +58,8 @@ class QTensor(struct.PyTreeNode):
   bits: int = struct.field(pytree_node=False)
   group: int = struct.field(pytree_node=False)
   levels: str = struct.field(pytree_node=False, default='integer')
+  layer: jax.Array | None = None
+  split: Split | None = struct.field(pytree_node=False, default=None)
 
   def __post_init__(self):
     for name in ('scale', 'offset'):
@@ -56,8 +76,9 @@ class QTensor(struct.PyTreeNode):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of the dense matrix, leading axes included."""
-    return (*self.scale.shape[:-2], self.groups * self.group, self.scale.shape[-1])
+    """The shape of the dense matrix, leading axes included (but never the axis that `layer` counts)."""
+    leading = self.scale.shape[(0 if self.layer is None else 1) : -2]
+    return (*leading, self.groups * self.group, self.scale.shape[-1])
 
   @property
   def size(self) -> int:
@@ -88,6 +109,37 @@ class Form:
     group = inputs // by_group[-2]
     scale = double.compress(scale) if self.scale == 'double' else scale
     return QTensor(planes, scale, offset, bits=self.bits, group=group, levels=self.levels)
+
+
+def in_stack(stack: QTensor, layer) -> QTensor:
+  """Matrix `layer` (an int32 index, which may be traced) of a stack [N, I, O], read where the stack lies."""
+  offset = None if stack.offset is None else stack.offset[layer]
+  return stack.replace(offset=offset, layer=jnp.asarray(layer, jnp.int32))
+
+
+def alone(q: QTensor) -> QTensor:
+  """`q` by itself: its part of the stack taken out, if it lies in one."""
+  if q.layer is None:
+    return q
+  own = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, q.layer, axis=0, keepdims=False)
+  return q.replace(planes=jax.tree.map(own, q.planes), scale=jax.tree.map(own, q.scale), layer=None)
+
+
+def check(q: QTensor, name: str = 'a weight') -> None:
+  """ValueError unless the planes of `q` are those of its bits, inputs and outputs, and its offsets those of its groups."""
+  *leading, inputs, outputs = q.scale.shape
+  inputs = inputs * q.group
+  if q.bits not in PLANES:
+    raise ValueError(f'{name}: {q.bits} bits; there are {sorted(PLANES)}.')
+  wanted = [(*leading, -(-inputs * width // WORD), outputs) for width in PLANES[q.bits]]
+  found = [(plane.shape, str(plane.dtype)) for plane in q.planes]
+  if found != [(shape, 'uint32') for shape in wanted]:
+    raise ValueError(
+      f'{name}: its codes lie in planes {found}; {inputs} inputs of {q.bits} bits are packed in uint32 planes '
+      f'{wanted} (`qtensor.pack`).'
+    )
+  if q.offset is not None and q.offset.shape[-2:] != q.scale.shape[-2:]:
+    raise ValueError(f'{name}: offsets {q.offset.shape} do not fit scales {q.scale.shape}.')
 
 
 def form(q: QTensor) -> Form:
@@ -121,18 +173,23 @@ def unpack(planes: tuple[jax.Array, ...], bits: int, inputs: int) -> jax.Array:
 
 def codes(q: QTensor) -> jax.Array:
   """The int32 codes [..., I, O]: centred where levels are integers, indices of the codebook elsewhere."""
+  q = alone(q)
   found = unpack(q.planes, q.bits, q.shape[-2])
   return found if q.levels == 'integer' else found & (2**q.bits - 1)
 
 
 def scales(q: QTensor) -> jax.Array:
   """The float32 scales [..., L, O]."""
+  q = alone(q)
   return double.expand(q.scale) if isinstance(q.scale, double.Doubled) else q.scale.astype(jnp.float32)
 
 
 def offsets(q: QTensor) -> jax.Array:
   """The float32 offsets [..., L, O]; zeros where there are none."""
-  return jnp.zeros(q.scale.shape, jnp.float32) if q.offset is None else q.offset.astype(jnp.float32)
+  if q.offset is None:
+    *leading, _, outputs = q.shape
+    return jnp.zeros((*leading, q.groups, outputs), jnp.float32)
+  return q.offset.astype(jnp.float32)
 
 
 def level(codes, levels: str) -> jax.Array:
@@ -144,6 +201,7 @@ def level(codes, levels: str) -> jax.Array:
 
 def scaled(q: QTensor, dtype=jnp.float32) -> jax.Array:
   """level * scale [..., I, O]: the matrix without its offsets."""
+  q = alone(q)
   by_group = level(codes(q), q.levels).reshape(*q.scale.shape[:-1], q.group, q.shape[-1])
   return (by_group * scales(q)[..., None, :]).reshape(q.shape).astype(dtype)
 
