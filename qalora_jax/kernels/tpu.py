@@ -48,6 +48,7 @@ class Blocks:
   inputs: int
   outputs: int
   scaling: str = 'float32'
+  depth: int = 128
   vmem: int = 64 * 2**20
 
 
@@ -101,8 +102,10 @@ def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False
     operands.append(_table(w.levels))
     specs.append(pl.BlockSpec((1, _LANES), lambda i, j, k, layers: (0, 0)))
   if w.offset is not None:
-    operands += [reference.pool(x, groups).reshape(rows, groups), qtensor.offsets(w)]
-    specs.append(pl.BlockSpec((bm, groups), lambda i, j, k, layers: (i, 0)))
+    pooled = reference.pool(x, groups).reshape(rows, groups)
+    pooled = _pooled_pieces(pooled) if x.dtype == jnp.bfloat16 else pooled
+    operands += [pooled, qtensor.offsets(w)]
+    specs.append(pl.BlockSpec((bm, pooled.shape[1]), lambda i, j, k, layers: (i, 0)))
     specs.append(pl.BlockSpec((groups, bn), lambda i, j, k, layers: (0, j)))
   kernel = functools.partial(_forward, form=_Form.of(w), blocks=blocks, steps=grid[2])
   y = pl.pallas_call(
@@ -113,7 +116,7 @@ def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False
       grid=grid,
       in_specs=specs,
       out_specs=pl.BlockSpec((bm, bn), lambda i, j, k, layers: (i, j)),
-      scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)],
+      scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)] * (grid[2] > 1),
     ),
     compiler_params=_parameters(blocks),
     interpret=interpret,
@@ -158,7 +161,7 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
       grid=grid,
       in_specs=specs,
       out_specs=pl.BlockSpec((bm, bk), lambda i, k, j, layers: (i, k)),
-      scratch_shapes=[pltpu.VMEM((bm, bk), jnp.float32)],
+      scratch_shapes=[pltpu.VMEM((bm, bk), jnp.float32)] * (grid[2] > 1),
     ),
     compiler_params=_parameters(blocks),
     interpret=interpret,
@@ -233,82 +236,153 @@ def _pieces(value, count: int):
   return pieces
 
 
+def _pooled_pieces(pooled):
+  """The left factors [rows, 4 L] of `_offset_pieces`."""
+  first, second = _pieces(pooled, 2)
+  return jnp.concatenate([first, first, first, second], axis=1)
+
+
+def _offset_pieces(offset):
+  """[4 L, O], with which the MXU multiplies float32 pooled @ offset in bfloat16.
+
+  (p0 + p1) @ (b0 + b1 + b2) without p1 @ (b1 + b2): exact in the offset to the last bit where p0 meets it, and to
+  2^-17 of pooled * offset in all.  A third of the passes of a whole float32 product are saved.
+  """
+  first, second, third = _pieces(offset, 3)
+  return jnp.concatenate([first, second, third, first])
+
+
 def _forward(layers, x_ref, *refs, form: _Form, blocks: Blocks, steps: int):
-  *refs, y_ref, acc_ref = refs
+  """One grid step of `forward`; step 0 of a block of outputs starts from pool(x) @ offset."""
+  refs, y_ref, sums = _unpack_refs(refs, steps)
   planes, (scale_ref, *refs) = refs[: form.planes], refs[form.planes :]
   table_ref = refs.pop(0) if form.levels != 'integer' else None
+  x = x_ref[...]
+
+  def start():
+    if not form.offset:
+      return None
+    pooled_ref, offset_ref = refs
+    pooled, offset = pooled_ref[...], offset_ref[...]
+    if pooled.dtype == jnp.bfloat16:
+      return jnp.dot(pooled, _offset_pieces(offset), preferred_element_type=jnp.float32)
+    return jnp.dot(pooled, offset, precision=_EXACT, preferred_element_type=jnp.float32)
+
+  def add():
+    scale = _own_rows(scale_ref, pl.program_id(2), blocks.inputs, form.group)
+    if blocks.scaling == 'after':
+      return _scaled_after(x, planes, scale, table_ref, form, blocks)
+    w = _dense(planes, scale, table_ref, form, blocks, x.dtype)
+    return jnp.dot(x, w, precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+
+  def finish(total):
+    y_ref[...] = total.astype(y_ref.dtype)
+
+  _accumulate(sums, steps, start, add, finish)
+
+
+def _accumulate(sums, steps: int, start, add, finish):
+  """finish(start() + add() + add() ...), one add() a step; `sums` holds what was added so far."""
+  if steps == 1:
+    first = start()
+    finish(add() if first is None else first + add())
+    return
   step = pl.program_id(2)
 
   @pl.when(step == 0)
   def _():
-    if form.offset:
-      pooled_ref, offset_ref = refs
-      acc_ref[...] = jnp.dot(pooled_ref[...], offset_ref[...], precision=_EXACT, preferred_element_type=jnp.float32)
-    else:
-      acc_ref[...] = jnp.zeros_like(acc_ref)
+    first = start()
+    sums[...] = jnp.zeros_like(sums) if first is None else first
 
-  x = x_ref[...]
-  scale = _own_rows(scale_ref, step, steps, blocks.inputs, form.group)
-  w = _dense(planes, scale, table_ref, form, blocks, x.dtype)
-  acc_ref[...] += jnp.dot(x, w, precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+  sums[...] += add()
 
   @pl.when(step == steps - 1)
   def _():
-    y_ref[...] = acc_ref[...].astype(y_ref.dtype)
+    finish(sums[...])
 
 
 def _transpose(layers, dy_ref, *refs, form: _Form, blocks: Blocks, steps: int, outputs: int, whole: bool):
-  *refs, dx_ref, acc_ref = refs
+  """One grid step of `transpose`; the last of a block of inputs adds dy @ offset.T."""
+  refs, dx_ref, sums = _unpack_refs(refs, steps)
   planes, (scale_ref, *refs) = refs[: form.planes], refs[form.planes :]
   table_ref = refs.pop(0) if form.levels != 'integer' else None
-  step = pl.program_id(2)
 
-  @pl.when(step == 0)
-  def _():
-    acc_ref[...] = jnp.zeros_like(acc_ref)
+  def add():
+    dy = dy_ref[...]
+    scale = _own_rows(scale_ref, pl.program_id(1), blocks.inputs, form.group) if whole else scale_ref[...]
+    if outputs % blocks.outputs:
+      # Beyond the last output lies anything, NaN included: both factors are made 0 there.
+      left = outputs - pl.program_id(2) * blocks.outputs
+      dy = jnp.where(jax.lax.broadcasted_iota(jnp.int32, dy.shape, 1) < left, dy, jnp.zeros_like(dy))
+      scale = jnp.where(jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1) < left, scale, 0.0)
+    w = _dense(planes, scale, table_ref, form, blocks, dy.dtype)
+    across = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(dy, w, across, precision=_precision(dy.dtype), preferred_element_type=jnp.float32)
 
-  dy = dy_ref[...]
-  if whole:
-    scale = _own_rows(scale_ref, pl.program_id(1), pl.num_programs(1), blocks.inputs, form.group)
-  else:
-    scale = scale_ref[...]
-  if outputs % blocks.outputs:
-    # Beyond the last output lies anything, NaN included: both factors are made 0 there.
-    left = outputs - step * blocks.outputs
-    dy = jnp.where(jax.lax.broadcasted_iota(jnp.int32, dy.shape, 1) < left, dy, jnp.zeros_like(dy))
-    scale = jnp.where(jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1) < left, scale, 0.0)
-  w = _dense(planes, scale, table_ref, form, blocks, dy.dtype)
-  across = (((1,), (1,)), ((), ()))
-  acc_ref[...] += jax.lax.dot_general(dy, w, across, precision=_precision(dy.dtype), preferred_element_type=jnp.float32)
-
-  @pl.when(step == steps - 1)
-  def _():
-    dx = acc_ref[...]
+  def finish(total):
     if form.offset:
-      dx += _spread(refs[0][...], blocks.inputs)
-    dx_ref[...] = dx.astype(dx_ref.dtype)
+      total += _spread(refs[0][...], blocks.inputs)
+    dx_ref[...] = total.astype(dx_ref.dtype)
+
+  _accumulate(sums, steps, lambda: None, add, finish)
+
+
+def _unpack_refs(refs, steps: int):
+  """The inputs, the output and, where there are several steps, the sums between them."""
+  if steps == 1:
+    *inputs, output = refs
+    return inputs, output, None
+  *inputs, output, sums = refs
+  return inputs, output, sums
 
 
 def _precision(dtype):
   return _EXACT if dtype == jnp.float32 else None
 
 
-def _own_rows(scale_ref, step, steps: int, block: int, group: int):
+def _own_rows(scale_ref, step, block: int, group: int):
   """The scales [groups of a block, O] of block `step`, out of those of all groups."""
   count = _groups(block, group)
   if count == scale_ref.shape[0]:
     return scale_ref[...]
-  start = step * count if block >= group else step // (group // block)
+  start = pl.multiple_of(step * count, count) if block >= group else jax.lax.div(step, group // block)
   return scale_ref[pl.ds(start, count), :]
+
+
+def _scaled_after(x, planes, scale, table_ref, form: _Form, blocks: Blocks):
+  """x @ (level * scale) [rows, outputs] of a block, the sums of every group scaled in float32.
+
+  Levels must be exact in x's dtype.  Groups smaller than the MXU's depth share a pass of it: x is repeated for each
+  of them, and 0 but for the inputs of its own group.
+  """
+  levels = _levels([plane[...] for plane in planes], table_ref, form, blocks.inputs).astype(x.dtype)
+  count, outputs = scale.shape
+  group = blocks.inputs // count
+  together = math.gcd(count, max(1, blocks.depth // group))
+  depth, rows = together * group, x.shape[0]
+  total = jnp.zeros((rows, outputs), jnp.float32)
+  if together > 1:
+    shape = (together, rows, depth)
+    own = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, shape, 2), group) == jax.lax.broadcasted_iota(
+      jnp.int32, shape, 0
+    )
+  for at in range(0, count, together):
+    inputs = slice(at * group, at * group + depth)
+    part = x[:, inputs]
+    if together > 1:
+      part = jnp.where(own, part[None], jnp.zeros(shape, x.dtype)).reshape(together * rows, depth)
+    sums = jnp.dot(part, levels[inputs], precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+    sums = sums.reshape(together, rows, outputs) * scale[at : at + together, None, :]
+    total += sums.sum(0)
+  return total
 
 
 def _dense(planes, scale, table_ref, form: _Form, blocks: Blocks, dtype):
   """level * scale [inputs, outputs] of a block, in `dtype`."""
-  math_dtype = jnp.bfloat16 if blocks.scaling == 'bfloat16' else jnp.float32
   levels = _levels([plane[...] for plane in planes], table_ref, form, blocks.inputs)
   count, outputs = scale.shape
-  by_group = levels.astype(math_dtype).reshape(count, blocks.inputs // count, outputs)
-  return (by_group * scale.astype(math_dtype)[:, None, :]).reshape(blocks.inputs, outputs).astype(dtype)
+  by_group = levels.astype(jnp.float32).reshape(count, blocks.inputs // count, outputs)
+  return (by_group * scale[:, None, :]).reshape(blocks.inputs, outputs).astype(dtype)
 
 
 def _levels(planes, table_ref, form: _Form, inputs: int):
@@ -339,8 +413,7 @@ def _spread(by_group, inputs: int):
   if groups == 1:
     return jnp.broadcast_to(by_group, (by_group.shape[0], inputs))
   shape = (groups, inputs)
-  own = jax.lax.broadcasted_iota(jnp.int32, shape, 1) // (inputs // groups) == jax.lax.broadcasted_iota(
-    jnp.int32, shape, 0
-  )
+  column, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 0))
+  own = jax.lax.div(column, inputs // groups) == row
   ones = own.astype(jnp.bfloat16)
   return sum(jnp.dot(piece, ones, preferred_element_type=jnp.float32) for piece in _pieces(by_group, 3))
