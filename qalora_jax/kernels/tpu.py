@@ -257,7 +257,6 @@ def _forward(layers, x_ref, *refs, form: _Form, blocks: Blocks, steps: int):
   refs, y_ref, sums = _unpack_refs(refs, steps)
   planes, (scale_ref, *refs) = refs[: form.planes], refs[form.planes :]
   table_ref = refs.pop(0) if form.levels != 'integer' else None
-  x = x_ref[...]
 
   def start():
     if not form.offset:
@@ -271,9 +270,9 @@ def _forward(layers, x_ref, *refs, form: _Form, blocks: Blocks, steps: int):
   def add():
     scale = _own_rows(scale_ref, pl.program_id(2), blocks.inputs, form.group)
     if blocks.scaling == 'after':
-      return _scaled_after(x, planes, scale, table_ref, form, blocks)
-    w = _dense(planes, scale, table_ref, form, blocks, x.dtype)
-    return jnp.dot(x, w, precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+      return _scaled_after(x_ref, planes, scale, table_ref, form, blocks)
+    w = _dense(planes, scale, table_ref, form, blocks, x_ref.dtype)
+    return jnp.dot(x_ref[...], w, precision=_precision(x_ref.dtype), preferred_element_type=jnp.float32)
 
   def finish(total):
     y_ref[...] = total.astype(y_ref.dtype)
@@ -308,14 +307,11 @@ def _transpose(layers, dy_ref, *refs, form: _Form, blocks: Blocks, steps: int, o
   table_ref = refs.pop(0) if form.levels != 'integer' else None
 
   def add():
-    dy = dy_ref[...]
     scale = _own_rows(scale_ref, pl.program_id(1), blocks.inputs, form.group) if whole else scale_ref[...]
-    if outputs % blocks.outputs:
-      # Beyond the last output lies anything, NaN included: both factors are made 0 there.
-      left = outputs - pl.program_id(2) * blocks.outputs
-      dy = jnp.where(jax.lax.broadcasted_iota(jnp.int32, dy.shape, 1) < left, dy, jnp.zeros_like(dy))
-      scale = jnp.where(jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1) < left, scale, 0.0)
-    w = _dense(planes, scale, table_ref, form, blocks, dy.dtype)
+    # Beyond the last output lies anything, NaN included: both factors are made 0 there.
+    left = outputs - pl.program_id(2) * blocks.outputs if outputs % blocks.outputs else None
+    w = _dense(planes, _before(left, scale), table_ref, form, blocks, dy_ref.dtype)
+    dy = _before(left, dy_ref[...])
     across = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(dy, w, across, precision=_precision(dy.dtype), preferred_element_type=jnp.float32)
 
@@ -325,6 +321,13 @@ def _transpose(layers, dy_ref, *refs, form: _Form, blocks: Blocks, steps: int, o
     dx_ref[...] = total.astype(dx_ref.dtype)
 
   _accumulate(sums, steps, lambda: None, add, finish)
+
+
+def _before(left, value):
+  """`value` with zeros from column `left` on; itself where that is None."""
+  if left is None:
+    return value
+  return jnp.where(jax.lax.broadcasted_iota(jnp.int32, value.shape, 1) < left, value, jnp.zeros_like(value))
 
 
 def _unpack_refs(refs, steps: int):
@@ -345,21 +348,26 @@ def _own_rows(scale_ref, step, block: int, group: int):
   count = _groups(block, group)
   if count == scale_ref.shape[0]:
     return scale_ref[...]
-  start = pl.multiple_of(step * count, count) if block >= group else jax.lax.div(step, group // block)
-  return scale_ref[pl.ds(start, count), :]
+  if block < group:
+    return scale_ref[pl.ds(jax.lax.div(step, group // block), 1), :]
+  start = step * count
+  if count % _SUBLANES == 0:
+    return scale_ref[pl.ds(pl.multiple_of(start, _SUBLANES), count), :]
+  # Several rows at once are read from the first of a register alone, a single one from anywhere.
+  return jnp.concatenate([scale_ref[pl.ds(start + row, 1), :] for row in range(count)])
 
 
-def _scaled_after(x, planes, scale, table_ref, form: _Form, blocks: Blocks):
+def _scaled_after(x_ref, planes, scale, table_ref, form: _Form, blocks: Blocks):
   """x @ (level * scale) [rows, outputs] of a block, the sums of every group scaled in float32.
 
   Levels must be exact in x's dtype.  Groups smaller than the MXU's depth share a pass of it: x is repeated for each
   of them, and 0 but for the inputs of its own group.
   """
-  levels = _levels([plane[...] for plane in planes], table_ref, form, blocks.inputs).astype(x.dtype)
+  levels = _levels([plane[...] for plane in planes], table_ref, form, blocks.inputs).astype(x_ref.dtype)
   count, outputs = scale.shape
   group = blocks.inputs // count
   together = math.gcd(count, max(1, blocks.depth // group))
-  depth, rows = together * group, x.shape[0]
+  depth, rows, dtype = together * group, x_ref.shape[0], x_ref.dtype
   total = jnp.zeros((rows, outputs), jnp.float32)
   if together > 1:
     shape = (together, rows, depth)
@@ -368,10 +376,10 @@ def _scaled_after(x, planes, scale, table_ref, form: _Form, blocks: Blocks):
     )
   for at in range(0, count, together):
     inputs = slice(at * group, at * group + depth)
-    part = x[:, inputs]
+    part = x_ref[:, inputs]
     if together > 1:
-      part = jnp.where(own, part[None], jnp.zeros(shape, x.dtype)).reshape(together * rows, depth)
-    sums = jnp.dot(part, levels[inputs], precision=_precision(x.dtype), preferred_element_type=jnp.float32)
+      part = jnp.where(own, part[None], jnp.zeros(shape, dtype)).reshape(together * rows, depth)
+    sums = jnp.dot(part, levels[inputs], precision=_precision(dtype), preferred_element_type=jnp.float32)
     sums = sums.reshape(together, rows, outputs) * scale[at : at + together, None, :]
     total += sums.sum(0)
   return total
