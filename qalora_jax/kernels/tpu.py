@@ -90,8 +90,7 @@ def plan(product: product_lib.Product, device: product_lib.Device) -> Blocks:
   """
   _check(product, device)
   chip = _Chip.of(device)
-  parts = pl.cdiv(product.rows, _ROWS)
-  rows = product.rows if parts == 1 else _round_up(pl.cdiv(product.rows, parts), 16)
+  rows = _even(max(1, product.rows), _ROWS, 16)
   most = min(_WEIGHTS, _ROWS * 2**18 * (chip.depth // 128) // rows)
   if product.dtype == 'float32':
     # Six passes of the MXU.
@@ -100,7 +99,7 @@ def plan(product: product_lib.Product, device: product_lib.Device) -> Blocks:
   if product.transposed:
     wanted = 2048 if few else 4 * chip.depth
     inputs = _inputs(product, min(2048, most // _outputs_summed(product.outputs, wanted)))
-    outputs = _outputs_summed(product.outputs, max(wanted, min(2048, most // inputs)))
+    outputs = _outputs_summed(product.outputs, max(wanted, min(2048, most // inputs // _LANES * _LANES)))
   else:
     inputs = _inputs(product, 8192 if few else 4 * chip.depth)
     outputs = min(2048, max(_LANES, 2 ** int(math.log2(max(1, most // inputs)))))
@@ -208,12 +207,10 @@ def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False
   *leading, inputs = x.shape
   outputs, groups = w.shape[-1], w.groups
   bm, bk, bn = blocks.rows, blocks.inputs, blocks.outputs
-  x = x.reshape(-1, inputs)
-  given = x.shape[0]
-  x = jnp.pad(x, ((0, max(0, bm - given)), (0, 0)))
+  x, given = _at_least(bm, x.reshape(-1, inputs))
   rows = x.shape[0]
   grid = (pl.cdiv(rows, bm), pl.cdiv(outputs, bn), inputs // bk)
-  layers, planes, scale = _stacks(w)
+  layers, planes, scale = _stacks(w, interpret)
   operands = [x, *planes, scale]
   specs = [pl.BlockSpec((bm, bk), lambda i, j, k, layers: (i, k))]
   for plane in planes:
@@ -250,13 +247,14 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
   """dy [..., O] @ dense(w).T -> [..., I] in out_dtype."""
   *leading, outputs = dy.shape
   inputs, groups = w.shape[-2], w.groups
-  rows = math.prod(leading)
   bm, bk, bn = blocks.rows, blocks.inputs, blocks.outputs
+  dy, given = _at_least(bm, dy.reshape(-1, outputs))
+  rows = dy.shape[0]
   grid = (pl.cdiv(rows, bm), inputs // bk, pl.cdiv(outputs, bn))
-  layers, planes, scale = _stacks(w)
+  layers, planes, scale = _stacks(w, interpret)
   own = _groups(bk, w.group)
   whole = own % _SUBLANES != 0 or bk % w.group != 0
-  operands = [dy.reshape(rows, outputs), *planes, scale]
+  operands = [dy, *planes, scale]
   specs = [pl.BlockSpec((bm, bn), lambda i, k, j, layers: (i, j))]
   for plane in planes:
     specs.append(pl.BlockSpec((None, _words(plane, bk, inputs), bn), lambda i, k, j, layers: (layers[0], k, j)))
@@ -269,7 +267,7 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
     specs.append(pl.BlockSpec((1, _LANES), lambda i, k, j, layers: (0, 0)))
   if w.offset is not None:
     # [inputs / bk, rows, groups of a block]
-    by_group = _by_group(operands[0], qtensor.offsets(w))
+    by_group = _by_group(dy, qtensor.offsets(w))
     starts = np.arange(grid[1]) * bk // w.group
     operands.append(jnp.stack([by_group[:, start : start + own] for start in starts.tolist()]))
     specs.append(pl.BlockSpec((None, bm, own), lambda i, k, j, layers: (k, i, 0)))
@@ -288,7 +286,7 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
     interpret=interpret,
     name='qmatmul_transpose',
   )(layers, *operands)
-  return dx.reshape(*leading, inputs)
+  return dx[:given].reshape(*leading, inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,18 +307,27 @@ class _Form:
     return len(qtensor.PLANES[self.bits])
 
 
+def _at_least(rows: int, x):
+  """x with rows of 0 behind it up to `rows`, and how many it had: Mosaic does not repeat a block's first row alone."""
+  return jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, 0))), x.shape[0]
+
+
 def _parameters(blocks: Blocks):
   semantics = ('parallel', 'parallel', 'arbitrary')
   return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=blocks.vmem)
 
 
-def _stacks(w: qtensor.QTensor):
+def _stacks(w: qtensor.QTensor, interpret: bool):
   """The indices of w's layer in the stacks of its planes and of its scales, and those stacks."""
   layer = jnp.zeros((), jnp.int32) if w.layer is None else w.layer.astype(jnp.int32)
   stack = (lambda leaf: leaf[None]) if w.layer is None else (lambda leaf: leaf)
-  if getattr(w.scale, 'dtype', None) == jnp.float32:
-    return jnp.stack([layer, layer]), [stack(plane) for plane in w.planes], stack(w.scale)
-  return jnp.stack([layer, jnp.zeros_like(layer)]), [stack(plane) for plane in w.planes], qtensor.scales(w)[None]
+  planes = [stack(plane) for plane in w.planes]
+  if interpret:
+    # XLA on CPU computes the narrow integers of constant words ahead of time, and wrongly: it may not see them.
+    planes = jax.lax.optimization_barrier(planes)
+  if isinstance(w.scale, jax.Array) and w.scale.dtype == jnp.float32:
+    return jnp.stack([layer, layer]), planes, stack(w.scale)
+  return jnp.stack([layer, jnp.zeros_like(layer)]), planes, qtensor.scales(w)[None]
 
 
 def _words(plane, block: int, inputs: int) -> int:
