@@ -164,7 +164,7 @@ def test_blocks_smaller_than_the_product(rows, inputs, outputs, form, group, dty
     right(interpreted(dy, q, blocks, transposed=True), dy, q, dtype, transposed=True)
 
 
-@hypothesis.settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=5, deadline=None, derandomize=True, database=None)
 @hypothesis.given(st.data())
 def test_any_legal_shape(data):
   rows = data.draw(st.integers(1, 40), 'rows')
@@ -202,17 +202,16 @@ def test_bfloat16_keeps_small_offset_changes(form, scaling):
 
 
 @pytest.mark.parametrize(('dtype', 'scaling'), [('bfloat16', 'before'), ('bfloat16', 'after'), ('float32', 'before')])
-@pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_what_is_not_finite_reaches_its_rows_alone(dtype, scaling, bad):
+def test_what_is_not_finite_reaches_its_rows_alone(dtype, scaling):
   q = matrix(256, 200, 4, 32)
-  x, dy = (factor.at[3, 150].set(bad) for factor in factors(q, 20, dtype))
+  x, dy = (factor.at[3, 150].set(np.nan).at[17, 9].set(np.inf) for factor in factors(q, 20, dtype))
   blocks = tpu.Blocks(8, 128, 128, scaling)
   results = [interpreted(x, q, blocks)]
   if scaling == 'before':
     results.append(interpreted(dy, q, blocks, transposed=True))
   for result in results:
     finite = np.isfinite(wide(result))
-    assert not finite[3].any() and np.delete(finite, 3, axis=0).all()
+    assert not finite[[3, 17]].any() and np.delete(finite, [3, 17], axis=0).all()
 
 
 def test_what_a_kernel_leaves_unwritten_would_show():
@@ -323,6 +322,7 @@ def product(rows=16, inputs=4096, outputs=4096, bits=4, group=32, levels='intege
     (product(dtype='float16'), V5E, 'TPUs do not multiply float16; use bfloat16 or float32'),
     (product(group=4), V5E, 'groups of 4 inputs do not fill whole rows .* multiple of 8'),
     (product(levels='nf4', bits=8), V5E, 'codebooks of 4 bits and nf4 has 8'),
+    (product(bits=3), product_lib.Device('tpu', 'TPU v4'), 'TPU v4 unpacks no vectors of 2 bits; use 4 or 8'),
     (product(inputs=1000 * 1001, group=8), V5E, 'takes [0-9]+ MiB of the 96 MiB of VMEM'),
   ],
 )
@@ -357,9 +357,9 @@ def test_plans_are_legal(rows, groups, group, outputs, bits, dtype, kind, transp
   whole = product(rows, inputs, outputs, bits, group, dtype=dtype, transposed=transposed)
   try:
     blocks = tpu.plan(whole, product_lib.Device('tpu', kind))
-  except product_lib.Refused:
-    # Nothing divides the inputs and they are too many to be taken together.
-    assert inputs > 2048
+  except product_lib.Refused as refused:
+    # Nothing divides the inputs and they are too many to be taken together, or an old chip.
+    assert inputs > 2048 if 'VMEM' in str(refused) else bits < 4 and kind in ('TPU v4', 'TPU of tomorrow')
     return
   assert inputs % blocks.inputs == 0 and (blocks.inputs % group == 0 or group % blocks.inputs == 0)
   if blocks.inputs < inputs:

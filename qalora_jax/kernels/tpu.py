@@ -57,15 +57,16 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class _Chip:
-  """A core's VMEM in bytes and the depth of its MXU."""
+  """A core's VMEM in bytes, the depth of its MXU, and the narrowest integers of which it unpacks vectors, in bits."""
 
   vmem: int
   depth: int
+  narrowest: int = 2
 
   @classmethod
   def of(cls, device: product_lib.Device) -> '_Chip':
-    """The first whose name `device.kind` begins with; what no table knows is taken for the smallest."""
-    return next((chip for name, chip in _CHIPS.items() if device.kind.startswith(name)), cls(16 * 2**20, 128))
+    """The first whose name `device.kind` begins with; a chip of another name is taken for the least of them."""
+    return next((chip for name, chip in _CHIPS.items() if device.kind.startswith(name)), cls(16 * 2**20, 128, 4))
 
 
 _CHIPS = {
@@ -88,8 +89,7 @@ def plan(product: product_lib.Product, device: product_lib.Device) -> Blocks:
   Many rows: as much of the weights a step as keeps the MXU busy for some thousand cycles, so that the step's own
   hundred do not count.  Few rows: all inputs a step, so that one more accumulation is saved as well.
   """
-  _check(product, device)
-  chip = _Chip.of(device)
+  chip = _check(product, device)
   rows = _even(max(1, product.rows), _ROWS, 16)
   most = min(_WEIGHTS, _ROWS * 2**18 * (chip.depth // 128) // rows)
   if product.dtype == 'float32':
@@ -115,7 +115,8 @@ def plan(product: product_lib.Product, device: product_lib.Device) -> Blocks:
 _ROWS, _FEW, _WEIGHTS = 512, 64, 2**21
 
 
-def _check(product: product_lib.Product, device: product_lib.Device):
+def _check(product: product_lib.Product, device: product_lib.Device) -> _Chip:
+  """The chip; Refused for what it does not compile in any blocks."""
   if device.platform != 'tpu':
     raise Refused(f"its kernels are for TPUs and this is {device.kind or device.platform!r}; take impl='xla'.")
   if product.dtype not in ('bfloat16', 'float32'):
@@ -127,6 +128,12 @@ def _check(product: product_lib.Product, device: product_lib.Device):
     )
   if product.levels != 'integer' and product.bits != 4:
     raise Refused(f"it looks up codebooks of 4 bits and {product.levels} has {product.bits}; take impl='xla'.")
+  chip = _Chip.of(device)
+  if max(qtensor.PLANES[product.bits]) < chip.narrowest:
+    raise Refused(
+      f"{device.kind} unpacks no vectors of {max(qtensor.PLANES[product.bits])} bits; use 4 or 8, or take impl='xla'."
+    )
+  return chip
 
 
 def _after(product: product_lib.Product, blocks: Blocks) -> bool:
