@@ -50,8 +50,10 @@ def qmatmul(x, w, impl: str | None = None) -> jax.Array:
 def _multiply(x, w, impl, transposed=False):
   """x @ dense(w), or x @ dense(w).T, by whoever `impl` or the plan says."""
   division = mesh.divide(x, w)
-  whole = product.Product.of(x, w, transposed)
-  made = plan.choose(division.local(whole), product.device(), impl)
+  if division is None:
+    # Nobody said how this product is divided: XLA finds out, and a kernel that is asked for by name makes all of it.
+    division, impl = mesh.Division(), impl or plan.using.value or 'xla'
+  made = plan.choose(division.local(product.Product.of(x, w, transposed)), product.device(), impl)
   multiply = made.module.transpose if transposed else made.module.forward
   run = functools.partial(multiply, blocks=made.blocks, interpret=made.interpret)
   if made.name == 'xla':
