@@ -72,13 +72,13 @@ def run(multiply, x, w: qtensor.QTensor, division: Division, transposed: bool) -
 
   between = (None,) * (x.ndim - 2)
   spec = lambda last: _P(division.rows or None, *between, last) if x.ndim > 1 else _P(last)
-  divided = jax.shard_map(
-    local, in_specs=(spec(given), _specs(w, division)), out_specs=spec(made), check_vma=False
-  )
+  divided = jax.shard_map(local, in_specs=(spec(given), _specs(w, division)), out_specs=spec(made), check_vma=False)
   return divided(x, w.replace(split=None))
 
 
 def _specs(w: qtensor.QTensor, division: Division) -> qtensor.QTensor:
   """The PartitionSpec of every leaf of w: matrices by inputs and outputs, a stack's layers and its index whole."""
   matrix = (division.inputs, division.outputs)
-  return jax.tree.map(lambda leaf: _P(*(None,) * (leaf.ndim - 2), *matrix) if leaf.ndim else _P(), w.replace(split=None))
+  return jax.tree.map(
+    lambda leaf: _P(*(None,) * (leaf.ndim - 2), *matrix) if leaf.ndim else _P(), w.replace(split=None)
+  )

@@ -77,4 +77,6 @@ def choose(product: Product, device: Device, impl: str | None = None) -> Plan:
 
 def _model(name: str) -> Device:
   """The device that an interpreted kernel is planned for."""
-  return product_lib.Device('tpu', 'TPU v5 lite') if name == 'tpu' else product_lib.Device('gpu', 'NVIDIA H100 80GB HBM3')
+  return (
+    product_lib.Device('tpu', 'TPU v5 lite') if name == 'tpu' else product_lib.Device('gpu', 'NVIDIA H100 80GB HBM3')
+  )
