@@ -71,13 +71,14 @@ def run(multiply, x, w: qtensor.QTensor, division: Division, transposed: bool) -
       return multiply(x, w, x.dtype)
     return jax.lax.psum(multiply(x, w, jnp.float32), given).astype(x.dtype)
 
+  mesh = jax.sharding.get_abstract_mesh()
   rows = (division.rows or None, *(None,) * (x.ndim - 2)) if x.ndim > 1 else ()
   w = w.replace(split=None)
   return jax.shard_map(
     local,
     in_specs=(_P(*rows, given), _specs(w, division)),
     out_specs=_P(*rows, made),
-    axis_names=set(sizes),
+    axis_names={axis for axis in mesh.axis_names if axis not in mesh.manual_axes},
     check_vma=False,
   )(x, w)
 

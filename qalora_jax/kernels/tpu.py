@@ -1,25 +1,427 @@
-"""Not yet here."""
+"""Quantized products by Mosaic, the compiler of Pallas kernels for TPUs: dequantized block by block, never in memory.
 
-from qalora_jax.kernels.product import Device
-from qalora_jax.kernels.product import Product
+In groups of G inputs, with q the levels of the codes [I, O], s their scales and b the offsets [L, O]:
+
+    y = x @ (s * q) + pool(x) @ b             dx = dy @ (s * q).T + spread(dy @ b.T)
+
+The first product of each is one of the MXU on a block of s * q that is made in VMEM.  The second has 1 / G of its
+size and keeps float32's accuracy, so that small changes of the offsets are not rounded away with bfloat16's weights.
+
+Codes are unpacked by reinterpreting words as vectors of narrow integers: field j of word i is input i * 32 / width + j,
+which is how Mosaic lays narrow integers out.  The third bit of 3 has no such type and is tested with a mask.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+
+from qalora_jax.kernels import product as product_lib
+from qalora_jax.kernels import reference
 from qalora_jax.kernels.product import Refused
+from qalora_jax.quant import codebooks
+from qalora_jax.quant import qtensor
+
+_EXACT = jax.lax.Precision.HIGHEST
+# Rows and columns of a vector register of 32-bit numbers: blocks are whole tiles of it or whole dimensions.
+_SUBLANES, _LANES = 8, 128
+_NARROW = {8: jnp.int8, 4: jnp.int4, 2: jnp.int2}
+_INDICES = {8: jnp.uint8, 4: jnp.uint4, 2: jnp.uint2}
 
 
-def worthwhile(product: Product, device: Device) -> bool:
-  """Nowhere yet."""
-  return False
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """How a product is cut: one grid step multiplies [rows, inputs] by [inputs, outputs] (transposed: by its transpose).
+
+  scaling: where codes meet scales.  'float32': level * scale is rounded once, to x's dtype.  'bfloat16': the scale is
+  rounded first, and the product once more (for chips that multiply bfloat16 faster; an error of up to 2^-9 more).
+  'after': levels meet x first and the sums of every group are scaled in float32, with no rounding of weights at all.
+  vmem: bytes of VMEM that the kernel may take.
+  """
+
+  rows: int
+  inputs: int
+  outputs: int
+  scaling: str = 'float32'
+  depth: int = 128
+  vmem: int = 64 * 2**20
 
 
-def plan(product: Product, device: Device):
-  """Refuses."""
-  raise Refused('it is not written yet.')
+def worthwhile(product: product_lib.Product, device: product_lib.Device) -> bool:
+  """On every TPU."""
+  return device.platform == 'tpu'
 
 
-def forward(x, w, blocks, *, out_dtype, interpret=False):
-  """x @ dense(w)."""
-  raise NotImplementedError
+def plan(product: product_lib.Product, device: product_lib.Device) -> Blocks:
+  """Blocks for `product`; Refused where Mosaic cannot make it."""
+  if device.platform != 'tpu':
+    raise Refused(f"its kernels are for TPUs, this is {device.kind or device.platform!r}; take impl='xla'.")
+  if product.dtype not in ('bfloat16', 'float32'):
+    raise Refused(f"TPUs do not multiply {product.dtype}; use bfloat16 or float32, or impl='xla'.")
+  if product.group % _SUBLANES:
+    raise Refused(
+      f'groups of {product.group} inputs do not fill whole rows of its registers; '
+      f"use groups of a multiple of {_SUBLANES}, or impl='xla'."
+    )
+  rows = min(product.rows, 512)
+  inputs = _divisor(product.inputs, 512, _unit(product))
+  outputs = product.outputs if product.outputs <= 512 else 512
+  return Blocks(rows, inputs, outputs)
 
 
-def transpose(dy, w, blocks, *, out_dtype, interpret=False):
-  """dy @ dense(w).T."""
-  raise NotImplementedError
+def _unit(product: product_lib.Product) -> int:
+  """What a block of inputs is a multiple of unless it is all of them: whole tiles of x and of every plane."""
+  words = [_SUBLANES * qtensor.WORD // width for width in qtensor.PLANES[product.bits]]
+  return math.lcm(_LANES, *words)
+
+
+def _divisor(size: int, most: int, unit: int) -> int:
+  """The largest multiple of `unit` up to `most` that divides `size`; `size` where there is none."""
+  return max((block for block in range(unit, most + 1, unit) if size % block == 0), default=size)
+
+
+def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False):
+  """x [..., I] @ dense(w) -> [..., O] in out_dtype."""
+  *leading, inputs = x.shape
+  outputs, groups = w.shape[-1], w.groups
+  rows = math.prod(leading)
+  bm, bk, bn = blocks.rows, blocks.inputs, blocks.outputs
+  grid = (pl.cdiv(rows, bm), pl.cdiv(outputs, bn), inputs // bk)
+  layers, planes, scale = _stacks(w)
+  operands = [x.reshape(rows, inputs), *planes, scale]
+  specs = [pl.BlockSpec((bm, bk), lambda i, j, k, layers: (i, k))]
+  for plane in planes:
+    specs.append(pl.BlockSpec((None, _words(plane, bk, inputs), bn), lambda i, j, k, layers: (layers[0], k, j)))
+  specs.append(pl.BlockSpec((None, groups, bn), lambda i, j, k, layers: (layers[1], 0, j)))
+  if w.levels != 'integer':
+    operands.append(_table(w.levels))
+    specs.append(pl.BlockSpec((1, _LANES), lambda i, j, k, layers: (0, 0)))
+  if w.offset is not None:
+    pooled = reference.pool(x, groups).reshape(rows, groups)
+    pooled = _pooled_pieces(pooled) if x.dtype == jnp.bfloat16 else pooled
+    operands += [pooled, qtensor.offsets(w)]
+    specs.append(pl.BlockSpec((bm, pooled.shape[1]), lambda i, j, k, layers: (i, 0)))
+    specs.append(pl.BlockSpec((groups, bn), lambda i, j, k, layers: (0, j)))
+  kernel = functools.partial(_forward, form=_Form.of(w), blocks=blocks, steps=grid[2])
+  y = pl.pallas_call(
+    kernel,
+    out_shape=jax.ShapeDtypeStruct((rows, outputs), out_dtype),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=grid,
+      in_specs=specs,
+      out_specs=pl.BlockSpec((bm, bn), lambda i, j, k, layers: (i, j)),
+      scratch_shapes=[pltpu.VMEM((bm, bn), jnp.float32)] * (grid[2] > 1),
+    ),
+    compiler_params=_parameters(blocks),
+    interpret=interpret,
+    name='qmatmul_forward',
+  )(layers, *operands)
+  return y.reshape(*leading, outputs)
+
+
+def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False):
+  """dy [..., O] @ dense(w).T -> [..., I] in out_dtype."""
+  *leading, outputs = dy.shape
+  inputs, groups = w.shape[-2], w.groups
+  rows = math.prod(leading)
+  bm, bk, bn = blocks.rows, blocks.inputs, blocks.outputs
+  grid = (pl.cdiv(rows, bm), inputs // bk, pl.cdiv(outputs, bn))
+  layers, planes, scale = _stacks(w)
+  own = _groups(bk, w.group)
+  whole = own % _SUBLANES != 0 or bk % w.group != 0
+  operands = [dy.reshape(rows, outputs), *planes, scale]
+  specs = [pl.BlockSpec((bm, bn), lambda i, k, j, layers: (i, j))]
+  for plane in planes:
+    specs.append(pl.BlockSpec((None, _words(plane, bk, inputs), bn), lambda i, k, j, layers: (layers[0], k, j)))
+  if whole:
+    specs.append(pl.BlockSpec((None, groups, bn), lambda i, k, j, layers: (layers[1], 0, j)))
+  else:
+    specs.append(pl.BlockSpec((None, own, bn), lambda i, k, j, layers: (layers[1], k, j)))
+  if w.levels != 'integer':
+    operands.append(_table(w.levels))
+    specs.append(pl.BlockSpec((1, _LANES), lambda i, k, j, layers: (0, 0)))
+  if w.offset is not None:
+    # [inputs / bk, rows, groups of a block]
+    by_group = _by_group(operands[0], qtensor.offsets(w))
+    starts = np.arange(grid[1]) * bk // w.group
+    operands.append(jnp.stack([by_group[:, start : start + own] for start in starts.tolist()]))
+    specs.append(pl.BlockSpec((None, bm, own), lambda i, k, j, layers: (k, i, 0)))
+  kernel = functools.partial(_transpose, form=_Form.of(w), blocks=blocks, steps=grid[2], outputs=outputs, whole=whole)
+  dx = pl.pallas_call(
+    kernel,
+    out_shape=jax.ShapeDtypeStruct((rows, inputs), out_dtype),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=grid,
+      in_specs=specs,
+      out_specs=pl.BlockSpec((bm, bk), lambda i, k, j, layers: (i, k)),
+      scratch_shapes=[pltpu.VMEM((bm, bk), jnp.float32)] * (grid[2] > 1),
+    ),
+    compiler_params=_parameters(blocks),
+    interpret=interpret,
+    name='qmatmul_transpose',
+  )(layers, *operands)
+  return dx.reshape(*leading, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+  """What the kernels need to know of a QTensor."""
+
+  bits: int
+  group: int
+  levels: str
+  offset: bool
+
+  @classmethod
+  def of(cls, w: qtensor.QTensor):
+    return cls(w.bits, w.group, w.levels, w.offset is not None)
+
+  @property
+  def planes(self) -> int:
+    return len(qtensor.PLANES[self.bits])
+
+
+def _parameters(blocks: Blocks):
+  semantics = ('parallel', 'parallel', 'arbitrary')
+  return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=blocks.vmem)
+
+
+def _stacks(w: qtensor.QTensor):
+  """The indices of w's layer in the stacks of its planes and of its scales, and those stacks."""
+  layer = jnp.zeros((), jnp.int32) if w.layer is None else w.layer.astype(jnp.int32)
+  stack = (lambda leaf: leaf[None]) if w.layer is None else (lambda leaf: leaf)
+  if getattr(w.scale, 'dtype', None) == jnp.float32:
+    return jnp.stack([layer, layer]), [stack(plane) for plane in w.planes], stack(w.scale)
+  return jnp.stack([layer, jnp.zeros_like(layer)]), [stack(plane) for plane in w.planes], qtensor.scales(w)[None]
+
+
+def _words(plane, block: int, inputs: int) -> int:
+  """The words of a plane that hold `block` inputs."""
+  return plane.shape[-2] if block == inputs else plane.shape[-2] * block // inputs
+
+
+def _groups(block: int, group: int) -> int:
+  """The groups that a block of inputs touches: blocks divide groups or groups blocks."""
+  return max(1, block // group)
+
+
+def _table(levels: str):
+  """The codebook, repeated over the lanes of a register."""
+  book = codebooks.CODEBOOKS[levels]
+  return jnp.asarray(np.tile(book, _LANES // book.size)[None])
+
+
+def _by_group(dy, offset):
+  """dy [rows, O] @ offset.T -> [rows, L] with float32's accuracy."""
+  if dy.dtype != jnp.bfloat16:
+    return jnp.dot(dy, offset.T, precision=_EXACT)
+  stacked = jnp.concatenate(_pieces(offset, 3))
+  sums = jax.lax.dot_general(dy, stacked, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  return sum(jnp.split(sums, 3, axis=1))
+
+
+def _pieces(value, count: int):
+  """float32 as a sum of `count` bfloat16, each 8 bits of what is left: three are exact."""
+  pieces = []
+  for _ in range(count):
+    pieces.append(value.astype(jnp.bfloat16))
+    value = value - pieces[-1].astype(jnp.float32)
+  return pieces
+
+
+def _pooled_pieces(pooled):
+  """The left factors [rows, 4 L] of `_offset_pieces`."""
+  first, second = _pieces(pooled, 2)
+  return jnp.concatenate([first, first, first, second], axis=1)
+
+
+def _offset_pieces(offset):
+  """[4 L, O], with which the MXU multiplies float32 pooled @ offset in bfloat16.
+
+  (p0 + p1) @ (b0 + b1 + b2) without p1 @ (b1 + b2): exact in the offset to the last bit where p0 meets it, and to
+  2^-17 of pooled * offset in all.  A third of the passes of a whole float32 product are saved.
+  """
+  first, second, third = _pieces(offset, 3)
+  return jnp.concatenate([first, second, third, first])
+
+
+def _forward(layers, x_ref, *refs, form: _Form, blocks: Blocks, steps: int):
+  """One grid step of `forward`; step 0 of a block of outputs starts from pool(x) @ offset."""
+  refs, y_ref, sums = _unpack_refs(refs, steps)
+  planes, (scale_ref, *refs) = refs[: form.planes], refs[form.planes :]
+  table_ref = refs.pop(0) if form.levels != 'integer' else None
+
+  def start():
+    if not form.offset:
+      return None
+    pooled_ref, offset_ref = refs
+    pooled, offset = pooled_ref[...], offset_ref[...]
+    if pooled.dtype == jnp.bfloat16:
+      return jnp.dot(pooled, _offset_pieces(offset), preferred_element_type=jnp.float32)
+    return jnp.dot(pooled, offset, precision=_EXACT, preferred_element_type=jnp.float32)
+
+  def add():
+    scale = _own_rows(scale_ref, pl.program_id(2), blocks.inputs, form.group)
+    if blocks.scaling == 'after':
+      return _scaled_after(x_ref, planes, scale, table_ref, form, blocks)
+    w = _dense(planes, scale, table_ref, form, blocks, x_ref.dtype)
+    return jnp.dot(x_ref[...], w, precision=_precision(x_ref.dtype), preferred_element_type=jnp.float32)
+
+  def finish(total):
+    y_ref[...] = total.astype(y_ref.dtype)
+
+  _accumulate(sums, steps, start, add, finish)
+
+
+def _accumulate(sums, steps: int, start, add, finish):
+  """finish(start() + add() + add() ...), one add() a step; `sums` holds what was added so far."""
+  if steps == 1:
+    first = start()
+    finish(add() if first is None else first + add())
+    return
+  step = pl.program_id(2)
+
+  @pl.when(step == 0)
+  def _():
+    first = start()
+    sums[...] = jnp.zeros_like(sums) if first is None else first
+
+  sums[...] += add()
+
+  @pl.when(step == steps - 1)
+  def _():
+    finish(sums[...])
+
+
+def _transpose(layers, dy_ref, *refs, form: _Form, blocks: Blocks, steps: int, outputs: int, whole: bool):
+  """One grid step of `transpose`; the last of a block of inputs adds dy @ offset.T."""
+  refs, dx_ref, sums = _unpack_refs(refs, steps)
+  planes, (scale_ref, *refs) = refs[: form.planes], refs[form.planes :]
+  table_ref = refs.pop(0) if form.levels != 'integer' else None
+
+  def add():
+    scale = _own_rows(scale_ref, pl.program_id(1), blocks.inputs, form.group) if whole else scale_ref[...]
+    # Beyond the last output lies anything, NaN included: both factors are made 0 there.
+    left = outputs - pl.program_id(2) * blocks.outputs if outputs % blocks.outputs else None
+    w = _dense(planes, _before(left, scale), table_ref, form, blocks, dy_ref.dtype)
+    dy = _before(left, dy_ref[...])
+    across = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(dy, w, across, precision=_precision(dy.dtype), preferred_element_type=jnp.float32)
+
+  def finish(total):
+    if form.offset:
+      total += _spread(refs[0][...], blocks.inputs)
+    dx_ref[...] = total.astype(dx_ref.dtype)
+
+  _accumulate(sums, steps, lambda: None, add, finish)
+
+
+def _before(left, value):
+  """`value` with zeros from column `left` on; itself where that is None."""
+  if left is None:
+    return value
+  return jnp.where(jax.lax.broadcasted_iota(jnp.int32, value.shape, 1) < left, value, jnp.zeros_like(value))
+
+
+def _unpack_refs(refs, steps: int):
+  """The inputs, the output and, where there are several steps, the sums between them."""
+  if steps == 1:
+    *inputs, output = refs
+    return inputs, output, None
+  *inputs, output, sums = refs
+  return inputs, output, sums
+
+
+def _precision(dtype):
+  return _EXACT if dtype == jnp.float32 else None
+
+
+def _own_rows(scale_ref, step, block: int, group: int):
+  """The scales [groups of a block, O] of block `step`, out of those of all groups."""
+  count = _groups(block, group)
+  if count == scale_ref.shape[0]:
+    return scale_ref[...]
+  if block < group:
+    return scale_ref[pl.ds(jax.lax.div(step, group // block), 1), :]
+  start = step * count
+  if count % _SUBLANES == 0:
+    return scale_ref[pl.ds(pl.multiple_of(start, _SUBLANES), count), :]
+  # Several rows at once are read from the first of a register alone, a single one from anywhere.
+  return jnp.concatenate([scale_ref[pl.ds(start + row, 1), :] for row in range(count)])
+
+
+def _scaled_after(x_ref, planes, scale, table_ref, form: _Form, blocks: Blocks):
+  """x @ (level * scale) [rows, outputs] of a block, the sums of every group scaled in float32.
+
+  Levels must be exact in x's dtype.  Groups smaller than the MXU's depth share a pass of it: x is repeated for each
+  of them, and 0 but for the inputs of its own group.
+  """
+  levels = _levels([plane[...] for plane in planes], table_ref, form, blocks.inputs).astype(x_ref.dtype)
+  count, outputs = scale.shape
+  group = blocks.inputs // count
+  together = math.gcd(count, max(1, blocks.depth // group))
+  depth, rows, dtype = together * group, x_ref.shape[0], x_ref.dtype
+  total = jnp.zeros((rows, outputs), jnp.float32)
+  if together > 1:
+    shape = (together, rows, depth)
+    own = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, shape, 2), group) == jax.lax.broadcasted_iota(
+      jnp.int32, shape, 0
+    )
+  for at in range(0, count, together):
+    inputs = slice(at * group, at * group + depth)
+    part = x_ref[:, inputs]
+    if together > 1:
+      part = jnp.where(own, part[None], jnp.zeros(shape, dtype)).reshape(together * rows, depth)
+    sums = jnp.dot(part, levels[inputs], precision=_precision(dtype), preferred_element_type=jnp.float32)
+    sums = sums.reshape(together, rows, outputs) * scale[at : at + together, None, :]
+    total += sums.sum(0)
+  return total
+
+
+def _dense(planes, scale, table_ref, form: _Form, blocks: Blocks, dtype):
+  """level * scale [inputs, outputs] of a block, in `dtype`."""
+  levels = _levels([plane[...] for plane in planes], table_ref, form, blocks.inputs)
+  count, outputs = scale.shape
+  by_group = levels.astype(jnp.float32).reshape(count, blocks.inputs // count, outputs)
+  return (by_group * scale[:, None, :]).reshape(blocks.inputs, outputs).astype(dtype)
+
+
+def _levels(planes, table_ref, form: _Form, inputs: int):
+  """The levels [inputs, outputs] of a block of codes: narrow integers or float32."""
+  if form.levels != 'integer':
+    codes = pltpu.bitcast(planes[0], _INDICES[form.bits])[:inputs].astype(jnp.int32)
+    table = jnp.broadcast_to(table_ref[...], (inputs, _LANES))
+    columns = range(0, codes.shape[1], _LANES)
+    return jnp.concatenate([_look_up(table, codes[:, at : at + _LANES]) for at in columns], axis=1)
+  if form.bits != 3:
+    return pltpu.bitcast(planes[0], _NARROW[form.bits])[:inputs]
+  low, high = planes
+  low = pltpu.bitcast(low, jnp.uint2).astype(jnp.float32)[:inputs]
+  words, outputs = high.shape
+  repeated = jnp.broadcast_to(high[:, None, :], (words, qtensor.WORD, outputs))
+  bit = jnp.uint32(1) << jax.lax.broadcasted_iota(jnp.uint32, repeated.shape, 1)
+  negative = ((repeated & bit) != 0).reshape(words * qtensor.WORD, outputs)[:inputs]
+  return low - jnp.where(negative, 4.0, 0.0)
+
+
+def _look_up(table, codes):
+  return jnp.take_along_axis(table, codes, axis=1)
+
+
+def _spread(by_group, inputs: int):
+  """[rows, groups] -> [rows, inputs]: every group's number to all of its inputs, exactly, by the MXU."""
+  groups = by_group.shape[1]
+  if groups == 1:
+    return jnp.broadcast_to(by_group, (by_group.shape[0], inputs))
+  shape = (groups, inputs)
+  column, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 0))
+  own = jax.lax.div(column, inputs // groups) == row
+  ones = own.astype(jnp.bfloat16)
+  return sum(jnp.dot(piece, ones, preferred_element_type=jnp.float32) for piece in _pieces(by_group, 3))

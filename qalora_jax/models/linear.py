@@ -113,7 +113,7 @@ def dense_init(scheme: Scheme, initializer: Callable, shape: tuple[int, ...], ax
 
 
 def split(axes: tuple[str, str]) -> qtensor.Split | None:
-  """How a product with a matrix of these logical axes is divided, by the rules in context; None where there are none."""
+  """How the rules in context divide a product with a matrix of these logical axes; None where there are no rules."""
   rules = dict(nn.get_logical_axis_rules())
   if not rules:
     return None
