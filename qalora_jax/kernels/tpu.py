@@ -38,62 +38,183 @@ _INDICES = {8: jnp.uint8, 4: jnp.uint4, 2: jnp.uint2}
 class Blocks:
   """How a product is cut: one grid step multiplies [rows, inputs] by [inputs, outputs] (transposed: by its transpose).
 
-  scaling: where codes meet scales.  'float32': level * scale is rounded once, to x's dtype.  'bfloat16': the scale is
-  rounded first, and the product once more (for chips that multiply bfloat16 faster; an error of up to 2^-9 more).
-  'after': levels meet x first and the sums of every group are scaled in float32, with no rounding of weights at all.
-  vmem: bytes of VMEM that the kernel may take.
+  scaling says where codes meet their scales:
+
+  * 'before': level * scale is multiplied in float32 and rounded once, to x's dtype: 2^-9 of a weight in bfloat16.
+  * 'after': x meets the levels, which integer codes are exactly, and the sums of every group are scaled in float32:
+    no weight is rounded (levels of a codebook are, to x's dtype).  Forward only.
+
+  depth: inputs that the MXU sums in one pass; with 'after', smaller groups share one.  vmem: bytes it may take.
   """
 
   rows: int
   inputs: int
   outputs: int
-  scaling: str = 'float32'
+  scaling: str = 'before'
   depth: int = 128
   vmem: int = 64 * 2**20
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+  """A core's VMEM in bytes and the depth of its MXU."""
+
+  vmem: int
+  depth: int
+
+  @classmethod
+  def of(cls, device: product_lib.Device) -> '_Chip':
+    """The first whose name `device.kind` begins with; what no table knows is taken for the smallest."""
+    return next((chip for name, chip in _CHIPS.items() if device.kind.startswith(name)), cls(16 * 2**20, 128))
+
+
+_CHIPS = {
+  'TPU v5 lite': _Chip(128 * 2**20, 128),
+  'TPU v5e': _Chip(128 * 2**20, 128),
+  'TPU v5': _Chip(64 * 2**20, 128),
+  'TPU v6': _Chip(128 * 2**20, 256),
+  'TPU7': _Chip(64 * 2**20, 256),
+}
+
+
 def worthwhile(product: product_lib.Product, device: product_lib.Device) -> bool:
-  """On every TPU."""
+  """On every TPU: nothing dense is written, and the MXU hides the unpacking."""
   return device.platform == 'tpu'
 
 
 def plan(product: product_lib.Product, device: product_lib.Device) -> Blocks:
-  """Blocks for `product`; Refused where Mosaic cannot make it."""
+  """Blocks for `product`, found from static schedules; Refused where Mosaic cannot make it.
+
+  Many rows: as much of the weights a step as keeps the MXU busy for some thousand cycles, so that the step's own
+  hundred do not count.  Few rows: all inputs a step, so that one more accumulation is saved as well.
+  """
+  _check(product, device)
+  chip = _Chip.of(device)
+  parts = pl.cdiv(product.rows, _ROWS)
+  rows = product.rows if parts == 1 else _round_up(pl.cdiv(product.rows, parts), 16)
+  most = min(_WEIGHTS, _ROWS * 2**18 * (chip.depth // 128) // rows)
+  if product.dtype == 'float32':
+    # Six passes of the MXU.
+    most //= 4
+  few = rows <= _FEW
+  if product.transposed:
+    wanted = 2048 if few else 4 * chip.depth
+    inputs = _inputs(product, min(2048, most // _outputs_summed(product.outputs, wanted)))
+    outputs = _outputs_summed(product.outputs, max(wanted, min(2048, most // inputs)))
+  else:
+    inputs = _inputs(product, 8192 if few else 4 * chip.depth)
+    outputs = min(2048, max(_LANES, 2 ** int(math.log2(max(1, most // inputs)))))
+    outputs = _even(product.outputs, outputs, _LANES)
+  blocks = _fitting(product, Blocks(rows, inputs, outputs, depth=chip.depth, vmem=chip.vmem * 3 // 4))
+  if product.transposed or not _after(product, blocks):
+    return blocks
+  # Rows are repeated for the groups that share a pass, in whole registers.
+  return dataclasses.replace(blocks, scaling='after', rows=_round_up(blocks.rows, _SUBLANES))
+
+
+# Rows of a block; rows up to which reading the weights takes longer than multiplying them; weights of a block.
+_ROWS, _FEW, _WEIGHTS = 512, 64, 2**21
+
+
+def _check(product: product_lib.Product, device: product_lib.Device):
   if device.platform != 'tpu':
-    raise Refused(f"its kernels are for TPUs, this is {device.kind or device.platform!r}; take impl='xla'.")
+    raise Refused(f"its kernels are for TPUs and this is {device.kind or device.platform!r}; take impl='xla'.")
   if product.dtype not in ('bfloat16', 'float32'):
-    raise Refused(f"TPUs do not multiply {product.dtype}; use bfloat16 or float32, or impl='xla'.")
+    raise Refused(f"TPUs do not multiply {product.dtype}; use bfloat16 or float32, or take impl='xla'.")
   if product.group % _SUBLANES:
     raise Refused(
       f'groups of {product.group} inputs do not fill whole rows of its registers; '
-      f"use groups of a multiple of {_SUBLANES}, or impl='xla'."
+      f"use groups of a multiple of {_SUBLANES}, or take impl='xla'."
     )
-  rows = min(product.rows, 512)
-  inputs = _divisor(product.inputs, 512, _unit(product))
-  outputs = product.outputs if product.outputs <= 512 else 512
-  return Blocks(rows, inputs, outputs)
+  if product.levels != 'integer' and product.bits != 4:
+    raise Refused(f"it looks up codebooks of 4 bits and {product.levels} has {product.bits}; take impl='xla'.")
 
 
-def _unit(product: product_lib.Product) -> int:
-  """What a block of inputs is a multiple of unless it is all of them: whole tiles of x and of every plane."""
-  words = [_SUBLANES * qtensor.WORD // width for width in qtensor.PLANES[product.bits]]
-  return math.lcm(_LANES, *words)
+def _after(product: product_lib.Product, blocks: Blocks) -> bool:
+  """Whether scaling sums takes fewer operations than scaling weights."""
+  count = _groups(blocks.inputs, product.group)
+  if count == 1:
+    return blocks.rows <= blocks.inputs
+  # An MXU of 256 multiplies so fast that scaling weights, an operation for each, takes longer than reading them.
+  whole = max(product.group, blocks.depth) % product.group == 0 and product.group % 32 == 0
+  return whole and blocks.depth >= 256 and blocks.rows <= max(24, product.group // 2)
 
 
-def _divisor(size: int, most: int, unit: int) -> int:
-  """The largest multiple of `unit` up to `most` that divides `size`; `size` where there is none."""
-  return max((block for block in range(unit, most + 1, unit) if size % block == 0), default=size)
+def _inputs(product: product_lib.Product, most: int) -> int:
+  """Inputs of a block: all, or a divisor up to `most` in whole tiles of x and of every plane, and in whole groups.
+
+  Or the group in whole blocks.  Where there is no such divisor it is all of them.
+  """
+  if product.inputs <= most:
+    return product.inputs
+  unit = math.lcm(_LANES, *(_SUBLANES * qtensor.WORD // width for width in qtensor.PLANES[product.bits]))
+  fits = lambda block: product.inputs % block == 0 and (block % product.group == 0 or product.group % block == 0)
+  blocks = [block for block in range(unit, product.inputs + 1, unit) if fits(block)]
+  within = [block for block in blocks if block <= most] or blocks[:1] or [product.inputs]
+  # Scales in whole registers are read block by block, others all at once.
+  aligned = [block for block in within if block % (_SUBLANES * product.group) == 0 and 2 * block >= within[-1]]
+  return (aligned or within)[-1]
+
+
+def _outputs_summed(size: int, most: int) -> int:
+  """Outputs of a block where they are summed: all, or a divisor in whole tiles, else `most` and a mask."""
+  if size <= most:
+    return size
+  return max((block for block in range(256, most + 1, _LANES) if size % block == 0), default=most)
+
+
+def _even(size: int, most: int, unit: int) -> int:
+  """`size` if that is at most `most`, else the block of whole units that divides it most evenly."""
+  return size if size <= most else _round_up(pl.cdiv(size, pl.cdiv(size, most)), unit)
+
+
+def _round_up(size: int, unit: int) -> int:
+  return -(-size // unit) * unit
+
+
+def _fitting(product: product_lib.Product, blocks: Blocks) -> Blocks:
+  """`blocks`, halved until they fit; Refused where the smallest do not."""
+  while _bytes(product, blocks) > blocks.vmem:
+    smaller = {
+      'rows': _round_up(blocks.rows // 2, 16),
+      'inputs': _inputs(product, blocks.inputs // 2),
+      'outputs': _round_up(blocks.outputs // 2, _LANES),
+    }
+    smaller = {name: size for name, size in smaller.items() if size < getattr(blocks, name)}
+    if not smaller:
+      raise Refused(
+        f'its smallest block, {blocks.inputs} inputs by {blocks.outputs} outputs, takes '
+        f'{_bytes(product, blocks) / 2**20:.0f} MiB of the {blocks.vmem / 2**20:.0f} MiB of VMEM; '
+        "use a number of inputs that a multiple of 256 divides, or take impl='xla'."
+      )
+    largest = max(smaller, key=lambda name: getattr(blocks, name))
+    blocks = dataclasses.replace(blocks, **{largest: smaller[largest]})
+  return blocks
+
+
+def _bytes(product: product_lib.Product, blocks: Blocks) -> int:
+  """What a step keeps in VMEM: operands twice (one is read while the other is used), sums, and a block of weights."""
+  rows, inputs, outputs = (_round_up(size, _LANES) for size in (blocks.rows, blocks.inputs, blocks.outputs))
+  groups = _round_up(product.inputs // product.group, _LANES)
+  size = 4 if product.dtype == 'float32' else 2
+  streamed = (rows * inputs + rows * outputs) * size + inputs * outputs * product.bits // 8
+  streamed += 2 * groups * outputs * 4 + 4 * rows * groups * 2
+  made = inputs * outputs * (4 + size) + 2 * rows * max(inputs, outputs) * 4
+  return 2 * streamed + made
 
 
 def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False):
   """x [..., I] @ dense(w) -> [..., O] in out_dtype."""
   *leading, inputs = x.shape
   outputs, groups = w.shape[-1], w.groups
-  rows = math.prod(leading)
   bm, bk, bn = blocks.rows, blocks.inputs, blocks.outputs
+  x = x.reshape(-1, inputs)
+  given = x.shape[0]
+  x = jnp.pad(x, ((0, max(0, bm - given)), (0, 0)))
+  rows = x.shape[0]
   grid = (pl.cdiv(rows, bm), pl.cdiv(outputs, bn), inputs // bk)
   layers, planes, scale = _stacks(w)
-  operands = [x.reshape(rows, inputs), *planes, scale]
+  operands = [x, *planes, scale]
   specs = [pl.BlockSpec((bm, bk), lambda i, j, k, layers: (i, k))]
   for plane in planes:
     specs.append(pl.BlockSpec((None, _words(plane, bk, inputs), bn), lambda i, j, k, layers: (layers[0], k, j)))
@@ -102,7 +223,7 @@ def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False
     operands.append(_table(w.levels))
     specs.append(pl.BlockSpec((1, _LANES), lambda i, j, k, layers: (0, 0)))
   if w.offset is not None:
-    pooled = reference.pool(x, groups).reshape(rows, groups)
+    pooled = reference.pool(x, groups)
     pooled = _pooled_pieces(pooled) if x.dtype == jnp.bfloat16 else pooled
     operands += [pooled, qtensor.offsets(w)]
     specs.append(pl.BlockSpec((bm, pooled.shape[1]), lambda i, j, k, layers: (i, 0)))
@@ -122,7 +243,7 @@ def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False
     interpret=interpret,
     name='qmatmul_forward',
   )(layers, *operands)
-  return y.reshape(*leading, outputs)
+  return y[:given].reshape(*leading, outputs)
 
 
 def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False):
@@ -366,23 +487,27 @@ def _scaled_after(x_ref, planes, scale, table_ref, form: _Form, blocks: Blocks):
   levels = _levels([plane[...] for plane in planes], table_ref, form, blocks.inputs).astype(x_ref.dtype)
   count, outputs = scale.shape
   group = blocks.inputs // count
-  together = math.gcd(count, max(1, blocks.depth // group))
-  depth, rows, dtype = together * group, x_ref.shape[0], x_ref.dtype
+  together = max(1, blocks.depth // group)
+  rows, dtype = x_ref.shape[0], x_ref.dtype
   total = jnp.zeros((rows, outputs), jnp.float32)
-  if together > 1:
-    shape = (together, rows, depth)
-    own = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, shape, 2), group) == jax.lax.broadcasted_iota(
-      jnp.int32, shape, 0
-    )
   for at in range(0, count, together):
-    inputs = slice(at * group, at * group + depth)
-    part = x_ref[:, inputs]
-    if together > 1:
-      part = jnp.where(own, part[None], jnp.zeros(shape, dtype)).reshape(together * rows, depth)
+    # The last pass may hold fewer.
+    here = min(together, count - at)
+    inputs = slice(at * group, (at + here) * group)
+    part = _apart(x_ref[:, inputs], here, group)
     sums = jnp.dot(part, levels[inputs], precision=_precision(dtype), preferred_element_type=jnp.float32)
-    sums = sums.reshape(together, rows, outputs) * scale[at : at + together, None, :]
-    total += sums.sum(0)
+    total += (sums.reshape(here, rows, outputs) * scale[at : at + here, None, :]).sum(0)
   return total
+
+
+def _apart(x, count: int, group: int):
+  """x [rows, count * group] -> [count * rows, count * group]: once for each group, 0 outside of it."""
+  if count == 1:
+    return x
+  shape = (count, *x.shape)
+  index, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 2))
+  own = jax.lax.div(column, group) == index
+  return jnp.where(own, x[None], jnp.zeros(shape, x.dtype)).reshape(count * x.shape[0], x.shape[1])
 
 
 def _dense(planes, scale, table_ref, form: _Form, blocks: Blocks, dtype):
