@@ -54,20 +54,20 @@ def test_parts_are_the_whole(w, dtype, monkeypatch):
   forward = xla.plan(product_lib.Product.of(x, w), CPU)
   backward = xla.plan(product_lib.Product.of(dy, w, transposed=True), CPU)
   assert (forward, backward) == (48, 64)
-  close(xla.forward(x, w, forward, out_dtype=dtype), xla.forward(x, w, OUTPUTS, out_dtype=dtype), INPUTS)
-  close(xla.transpose(dy, w, backward, out_dtype=dtype), xla.transpose(dy, w, INPUTS, out_dtype=dtype), OUTPUTS)
+  close(xla.forward(x, w, forward, out_dtype=dtype), xla.forward(x, w, out_dtype=dtype), INPUTS)
+  close(xla.transpose(dy, w, backward, out_dtype=dtype), xla.transpose(dy, w, out_dtype=dtype), OUTPUTS)
 
 
 def test_only_large_matrices_on_one_cpu_are_made_in_parts(monkeypatch):
   large = product_lib.Product(512, 4096, 11008, 4, 32, 'integer', 'float32', True)
   assert xla.plan(large, CPU) == 256
-  assert xla.plan(large, product_lib.Device('gpu', 'NVIDIA H100 80GB HBM3')) == 11008
+  assert xla.plan(large, product_lib.Device('gpu', 'NVIDIA H100 80GB HBM3')) is None
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ('data',))):
-    assert xla.plan(large, CPU) == 11008
-  assert xla.plan(product_lib.Product(512, 288, 768, 4, 32, 'integer', 'float32', True), CPU) == 768
+    assert xla.plan(large, CPU) is None
+  assert xla.plan(product_lib.Product(512, 288, 768, 4, 32, 'integer', 'float32', True), CPU) is None
   # A group of a whole column leaves nothing to cut the inputs by.
   whole = product_lib.Product(512, 4096, 11008, 4, 4096, 'integer', 'float32', True, transposed=True)
-  assert xla.plan(whole, CPU) == 4096
+  assert xla.plan(whole, CPU) is None
 
 
 def test_a_part_is_all_that_is_dense_at_once():

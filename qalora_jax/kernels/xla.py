@@ -31,11 +31,11 @@ def worthwhile(product: product_lib.Product, device: product_lib.Device) -> bool
   return True
 
 
-def plan(product: product_lib.Product, device: product_lib.Device) -> int:
-  """How many outputs (transposed: inputs) are dequantized at once: all, but of a large matrix on CPU `_PART` bytes.
+def plan(product: product_lib.Product, device: product_lib.Device) -> int | None:
+  """How many outputs (transposed: inputs) are dequantized at once: of a large matrix on CPU `_PART` bytes, else all.
 
-  It refuses nothing.  All too where a mesh divides the arrays, which XLA cannot cut along what it has divided, and
-  where parts would cut through groups or words.
+  It refuses nothing.  None is all: on other devices, where a mesh divides the arrays, which XLA cannot cut along what
+  it has divided, and where parts would cut through groups or words.
   """
   given, made = product.inputs, product.outputs
   unit = _LINE
@@ -44,22 +44,22 @@ def plan(product: product_lib.Product, device: product_lib.Device) -> int:
   parts = math.ceil(given * made * jnp.dtype(product.dtype).itemsize / _PART)
   divided = jax.sharding.get_abstract_mesh().size > 1
   if device.platform != 'cpu' or divided or parts == 1 or (product.transposed and made % unit):
-    return made
+    return None
   return min(made, math.ceil(made / parts / unit) * unit)
 
 
-def forward(x, w: qtensor.QTensor, blocks: int, *, out_dtype, interpret=False):
-  """x [..., I] @ dense(w) -> [..., O], `blocks` outputs at once."""
+def forward(x, w: qtensor.QTensor, blocks: int | None = None, *, out_dtype, interpret=False):
+  """x [..., I] @ dense(w) -> [..., O] in out_dtype, `blocks` outputs at once (None: all)."""
   x, w = _within_loops(x, w)
   one = lambda part: sums(x, part).astype(out_dtype)
-  return one(w) if blocks == w.shape[-1] else _in_parts(one, w, blocks, axis=-1)
+  return one(w) if blocks is None else _in_parts(one, w, blocks, axis=-1)
 
 
-def transpose(dy, w: qtensor.QTensor, blocks: int, *, out_dtype, interpret=False):
-  """dy [..., O] @ dense(w).T -> [..., I], `blocks` inputs at once."""
+def transpose(dy, w: qtensor.QTensor, blocks: int | None = None, *, out_dtype, interpret=False):
+  """dy [..., O] @ dense(w).T -> [..., I] in out_dtype, `blocks` inputs at once (None: all)."""
   dy, w = _within_loops(dy, w)
   one = lambda part: transposed_sums(dy, part).astype(out_dtype)
-  return one(w) if blocks == w.shape[-2] else _in_parts(one, w, blocks, axis=-2)
+  return one(w) if blocks is None else _in_parts(one, w, blocks, axis=-2)
 
 
 def _in_parts(multiply, w, width, axis):
