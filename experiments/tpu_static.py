@@ -100,24 +100,24 @@ def cases() -> Iterator[Case]:
         yield Case(chip, 'forward', form, 16, shape)
 
 
-def measure(case: Case, blocks=None) -> dict:
-  """The row of a case, compiled in this process; `blocks` instead of those planned."""
+def measure(place: str, case: Case, blocks=None) -> dict:
+  """The row of a case, compiled in this process, after `_begin(place)`; `blocks` instead of those planned."""
   w = jax.eval_shape(case.form, jax.ShapeDtypeStruct((LAYERS, *case.shape), jnp.float32))
-  w = w.replace(offset=w.offset and jax.ShapeDtypeStruct(w.offset.shape[1:], w.offset.dtype), layer=jax.ShapeDtypeStruct((), jnp.int32))
+  w = jax.eval_shape(qtensor.in_stack, w, jax.ShapeDtypeStruct((), jnp.int32))
   inputs, outputs = case.shape
   transposed = case.kernel == 'backward'
   x = jax.ShapeDtypeStruct((case.rows, outputs if transposed else inputs), jnp.bfloat16)
   with jax.set_mesh(topologies.chip(case.chip)):
     blocks = blocks or tpu.plan(product.Product.of(x, w, transposed), product.device())
     function = functools.partial(KERNELS[case.kernel], blocks=blocks, out_dtype=jnp.bfloat16)
-    for path in _dumps().iterdir():
+    for path in _dumps(place).iterdir():
       path.unlink()
     topologies.compiled(function, x, w)
     program = jax.make_jaxpr(function)(x, w)
   grid, moved, once = traffic(program)
   limits, steps = LIMITS[case.chip], math.prod(grid)
   in_cycles = lambda count: count / limits.bandwidth * limits.clock / steps
-  text = _dump('qmatmul', 'packed-bundles-post-ra')
+  text = _dump(place, 'packed-bundles-post-ra')
   found = cycles(text, grid[-1])
   mxu, hbm = case.rows * inputs * outputs / limits.multiply_adds / steps, in_cycles(moved)
   bound = max(mxu, in_cycles(once))
@@ -175,24 +175,25 @@ def traffic(program) -> tuple[tuple[int, ...], int, int]:
   return grid, moved, once
 
 
-def _dumps() -> pathlib.Path:
-  return pathlib.Path(os.environ['QALORA_LLO'])
+def _dumps(place: str) -> pathlib.Path:
+  """Where this process's libtpu dumps."""
+  return pathlib.Path(place, str(os.getpid()))
 
 
-def _dump(kernel: str, stage: str) -> str:
-  """What libtpu wrote of `kernel` after `stage`."""
-  found = sorted(_dumps().glob(f'*-{kernel}*-{stage}.txt'))
+def _dump(place: str, stage: str) -> str:
+  """What libtpu wrote of the kernel after `stage`."""
+  found = [path for path in _dumps(place).glob(f'*-qmatmul*-{stage}.txt') if 'schedule-analysis' not in path.name]
   if len(found) != 1:
     raise RuntimeError(
-      f'libtpu wrote {len(found)} schedules ({stage}) of {kernel}; its dumps are undocumented and may have changed.'
+      f'libtpu wrote {len(found)} schedules ({stage}) of a kernel; its dumps are undocumented and may have changed.'
     )
   return found[0].read_text()
 
 
-def _begin() -> None:
+def _begin(place: str) -> None:
   """A worker's start: libtpu reads its flags once, while it loads."""
-  os.environ['QALORA_LLO'] = tempfile.mkdtemp(prefix='llo-')
-  flags = (f'--xla_jf_dump_to={os.environ["QALORA_LLO"]}', '--xla_jf_dump_llo_text=true', '--xla_jf_dump_hlo_text=false')
+  _dumps(place).mkdir()
+  flags = (f'--xla_jf_dump_to={_dumps(place)}', '--xla_jf_dump_llo_text=true', '--xla_jf_dump_hlo_text=false')
   os.environ['LIBTPU_INIT_ARGS'] = ' '.join((os.environ.get('LIBTPU_INIT_ARGS', ''), *flags))
 
 
@@ -203,9 +204,10 @@ def main() -> None:
   words = [word.removeprefix('--chip=') for word in sys.argv[1:]]
   chosen = [case for case in cases() if all(word in str(case).split() for word in words)]
   spawned = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawned, _begin) as pool:
+  workers = functools.partial(concurrent.futures.ProcessPoolExecutor, os.cpu_count(), spawned, _begin)
+  with tempfile.TemporaryDirectory() as place, workers((place,)) as pool:
     try:
-      rows = list(pool.map(measure, chosen))
+      rows = list(pool.map(functools.partial(measure, place), chosen))
     except concurrent.futures.process.BrokenProcessPool:
       sys.exit('libtpu ended its process while it loaded: it does not know the flags --xla_jf_dump_* any more.')
   if words:

@@ -160,6 +160,30 @@ def _looked_up(machine, book, word):
   return found
 
 
+# The parts of an offset and of a sum of x that meet in each tile of eight columns: all but the least of nine products.
+PARTS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1))
+
+
+def weights(machine, bits: int, levels: str, chunk: int, held, s) -> list:
+  """The four pairs of a unit's codes in a chunk, times the unit's scale."""
+  factor = scale(machine, s)
+  return [scaled(machine, level, factor) for level in codes(machine, bits, levels, held, chunk)]
+
+
+def weights_of(bits: int, levels: str, chunk: int, held, s) -> jax.Array:
+  """Words and float32 scales [O, UNITS] -> the fragment [O, CHUNK] bfloat16, by `Arrays`."""
+  by_thread = lambda array: array.reshape(array.shape[0], UNITS // 2, 2)
+  made = weights(Arrays, bits, levels, chunk, [by_thread(array) for array in held], by_thread(s))
+  columns = jnp.stack([Arrays.pair(tile) for tile in made])  # [register, O, thread, unit of two, half]
+  return columns.transpose(1, 3, 0, 2, 4).reshape(s.shape[0], CHUNK)
+
+
+def offsets_of(offset) -> jax.Array:
+  """float32 offsets [O, UNITS] -> the fragment [O, CHUNK] of their parts that meet those of sums of x, by `Arrays`."""
+  made = [Arrays.pair(part) for part in parts(Arrays, offset[:, 0::2], offset[:, 1::2])]
+  return jnp.concatenate([made[at].reshape(offset.shape) for at, _ in PARTS], axis=-1)
+
+
 class Arrays:
   """The machine whose registers are uint32 and float32 arrays."""
 
@@ -169,11 +193,11 @@ class Arrays:
 
   @staticmethod
   def either(a, b):
-    return a | (np.uint32(b) if isinstance(b, int) else b)
+    return a | _array(b)
 
   @staticmethod
   def differ(a, b):
-    return a ^ (np.uint32(b) if isinstance(b, int) else b)
+    return a ^ _array(b)
 
   @staticmethod
   def left(a, n):
@@ -185,19 +209,20 @@ class Arrays:
 
   @staticmethod
   def permute(a, b, selector):
-    a, b, selector = (np.uint32(value) if isinstance(value, int) else value for value in (a, b, selector))
+    a, b, selector = _array(a), _array(b), _array(selector)
     result = np.uint32(0)
     for at in range(4):
       chosen = (selector >> np.uint32(4 * at)) & np.uint32(7)
       within = np.uint32(8) * (chosen & np.uint32(3))
-      byte = jnp.where(chosen < 4, a >> within, b >> within) & np.uint32(0xFF)
+      byte = jnp.where(chosen < np.uint32(4), a >> within, b >> within) & np.uint32(0xFF)
       result = result | byte << np.uint32(8 * at)
     return result
 
   @staticmethod
   def pack(low, high):
-    bits = [jax.lax.bitcast_convert_type(jax.lax.reduce_precision(v, 8, 7), jnp.uint32) for v in (low, high)]
-    return bits[0] >> np.uint32(16) | bits[1] & np.uint32(0xFFFF0000)
+    # XLA would take a conversion to bfloat16 and back for none.
+    low, high = (jax.lax.bitcast_convert_type(jax.lax.reduce_precision(v, 8, 7), jnp.uint32) for v in (low, high))
+    return low >> np.uint32(16) | high
 
   @staticmethod
   def low(p):
@@ -211,31 +236,25 @@ class Arrays:
   def minus(a, b):
     return a - b
 
+  @staticmethod
+  def pair(p):
+    """bfloat16 [..., 2]: what a register holds."""
+    return jax.lax.bitcast_convert_type(_array(p), jnp.bfloat16)
+
   @classmethod
   def subtract(cls, p, q):
-    low, high = _twice_float(q)
-    return cls.pack(cls.low(p) - low, cls.high(p) - high)
+    q = jnp.broadcast_to(cls.pair(q), (*p.shape, 2))
+    return jax.lax.bitcast_convert_type(cls.pair(p) - q, jnp.uint32)
 
   @classmethod
   def times(cls, p, q):
-    return cls.pack(cls.low(p) * cls.low(q), cls.high(p) * cls.high(q))
+    return jax.lax.bitcast_convert_type(cls.pair(p) * cls.pair(q), jnp.uint32)
 
   @classmethod
   def fused(cls, p, q, r):
-    each = ((half(p), half(q), half(r)) for half in (cls.low, cls.high))
-    return cls.pack(*(a * b + c for a, b, c in each))
+    p, q, r = (cls.pair(value).astype(jnp.float32) for value in (p, q, r))
+    return jax.lax.bitcast_convert_type((p * q + r).astype(jnp.bfloat16), jnp.uint32)
 
 
-def _twice_float(q):
-  if isinstance(q, int):
-    value = np.uint32((q & 0xFFFF) << 16).view(np.float32)
-    return value, value
-  return Arrays.low(q), Arrays.high(q)
-
-
-def tiles(pair) -> jax.Array:
-  """Arrays' registers [..., UNITS / 2] of one tile -> its bfloat16 columns [..., UNITS]."""
-  both = jnp.stack([Arrays.low(pair), Arrays.high(pair)], axis=-1)
-  return both.reshape(*pair.shape[:-1], UNITS).astype(jnp.bfloat16)
-
-
+def _array(a):
+  return np.uint32(a) if isinstance(a, int) else a

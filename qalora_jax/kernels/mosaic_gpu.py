@@ -42,8 +42,10 @@ _JAX = (0, 11)
 # What a multiprocessor has: bytes of shared memory for one program, less what barriers take.
 _SHARED = 227 * 1024 - 2048
 _MULTIPROCESSORS = 132
-# A multiprocessor's cycle: bytes from HBM and from the L2 cache, instructions of a lane, products of the tensor cores.
-_HBM, _L2, _LANES, _PRODUCTS = 20, 40, 128, 2048
+# A multiprocessor's cycle: bytes from HBM and from the L2 cache, and products of the tensor cores.
+_HBM, _L2, _PRODUCTS = 20, 40, 2048
+# And instructions of a lane, by the warpgroups that hide each other's latencies; what a weight takes of them, by bits.
+_LANES = {1: 50, 2: 85, 4: 110}
 _INSTRUCTIONS = {8: 4.0, 4: 3.5, 3: 4.5, 2: 3.3}
 # Cycles until a program's first words arrive.
 _LATENCY = 2000
@@ -94,7 +96,7 @@ def _candidates(product: Product):
   least = -(-product.rows // 8) * 8
   of_inputs = product.inputs // fragments.BLOCK
   for rows in sorted({min(least, most) for most in (64, 128)}):
-    for warpgroups in (1, 2, 4):
+    for warpgroups in _LANES:
       stages = _SHARED // sum(_stage(product, rows, warpgroups))
       if product.outputs % (64 * warpgroups) or stages < 2:
         continue
@@ -120,7 +122,7 @@ def _cycles(product: Product, blocks: Blocks) -> float:
   step = max(
     weights / by_rows / _HBM,
     (weights + x) / _L2,
-    per_block * _INSTRUCTIONS[product.bits] / _LANES,
+    per_block * _INSTRUCTIONS[product.bits] / _LANES[blocks.warpgroups],
     per_block * blocks.rows / _PRODUCTS,
   )
   # Partial sums are written and read once more, by another kernel.
@@ -162,13 +164,9 @@ def arrange(x, bits: int, levels: str, offset: bool) -> jax.Array:
       # XLA would take a conversion there and back for none.
       parts.append(jax.lax.reduce_precision(sums, 8, 7))
       sums = sums - parts[-1]
-    columns = jnp.concatenate([parts[at] for _, at in _PARTS], axis=-1).astype(x.dtype)
+    columns = jnp.concatenate([parts[at] for _, at in fragments.PARTS], axis=-1).astype(x.dtype)
     arranged = jnp.concatenate([arranged, columns], axis=-1)
   return arranged.reshape(x.shape[0], -1)
-
-
-# The parts of an offset and of a sum of x that meet in each tile of eight columns.
-_PARTS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1))
 
 
 def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int, out_dtype, interpret: bool):
@@ -194,6 +192,14 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
     layer = (given['layer'][0],) if 'layer' in given else ()
     through = given['through'].at[own] if interpret else None
 
+    def weights(chunk, scale, words):
+      if interpret:
+        return fragments.weights_of(bits, levels, chunk, words, scale)
+      return _fragment(plgpu, across, functools.partial(_weights, bits, levels, chunk), scale, *words)
+
+    def offsets(offset):
+      return fragments.offsets_of(offset) if interpret else _fragment(plgpu, across, _offsets, offset)
+
     def by_unit(ref):
       """The numbers of every unit's group, float32 [64, 8]."""
       if by_group == fragments.UNITS:
@@ -217,10 +223,9 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
           for at in named:
             if at not in loaded:
               loaded[at] = plgpu.load(words[at].at[:, mine].T, layout=across)
-          weights = functools.partial(_weights, bits, levels, chunk)
-          fragment = _fragment(plgpu, across, interpret, weights, factor, *[loaded[at] for at in named])
+          fragment = weights(chunk, factor, [loaded[at] for at in named])
         else:
-          fragment = _fragment(plgpu, across, interpret, _offsets, by_unit(held['offset']))
+          fragment = offsets(by_unit(held['offset']))
         if interpret:
           # The interpreter has no product with A in registers.
           through[...] = fragment
@@ -239,7 +244,7 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
         y = sums[...] if interpret else _one_by_one(plgpu, across, sums[...])
         there = given['y'].at[split, those, pl.ds(outputs * jax.lax.axis_index('outputs') + 64 * own, 64)]
         # Eight neighbouring outputs of a row, a sector of 32 bytes, are written at once.
-        plgpu.store(there.T, y.astype(given['y'].dtype), optimized=False)
+        there.T[...] = y.astype(given['y'].dtype)
 
     # {operand: (its part in global memory, the shape of a stage, where a step finds it, how it lies in shared memory)}
     swizzled = lambda ref: _swizzled(plgpu, ref.dtype)
@@ -297,25 +302,18 @@ def _swizzled(plgpu, dtype):
 
 def _weights(bits, levels, chunk, machine, scale, *words):
   """The tiles of a chunk of codes times their scales; each argument has two units, as has each thread."""
-  tiles = []
-  for unit in range(2):
-    factor = fragments.scale(machine, scale[unit])
-    for level in fragments.codes(machine, bits, levels, [word[unit] for word in words], chunk):
-      tiles.append(fragments.scaled(machine, level, factor))
-  return tiles
+  held = list(zip(*words, strict=True))
+  return [tile for unit in range(2) for tile in fragments.weights(machine, bits, levels, chunk, held[unit], scale[unit])]
 
 
 def _offsets(machine, offset):
   """The tiles of parts of offsets that meet those of sums of x."""
   parts = fragments.parts(machine, *offset)
-  return [parts[at] for at, _ in _PARTS]
+  return [parts[at] for at, _ in fragments.PARTS]
 
 
-def _fragment(plgpu, across, interpret, program, *arrays):
+def _fragment(plgpu, across, program, *arrays):
   """`program` of a machine and, for each of `arrays` [64, 8], two registers -> its eight tiles, bfloat16 [64, 64]."""
-  if interpret:
-    tiles = program(fragments.Arrays, *([array[:, unit::2] for unit in range(2)] for array in arrays))
-    return jnp.concatenate([fragments.tiles(tile) for tile in tiles], axis=-1)
   from jax.experimental.mosaic import gpu as mgpu
   from jaxlib.mlir.dialects import vector
 

@@ -214,7 +214,7 @@ def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False
   rows = x.shape[0]
   grid = (pl.cdiv(rows, bm), pl.cdiv(outputs, bn), inputs // bk)
   layers, planes, scale = _stacks(w)
-  operands = [x, *planes, scale]
+  operands = [_in_memory(x, interpret), *planes, scale]
   specs = [pl.BlockSpec((bm, bk), lambda i, j, k, layers: (i, k))]
   for plane in planes:
     specs.append(pl.BlockSpec((None, _words(plane, bk, inputs), bn), lambda i, j, k, layers: (layers[0], k, j)))
@@ -256,7 +256,8 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
   layers, planes, scale = _stacks(w)
   own = _groups(bk, w.group)
   whole = own % _SUBLANES != 0 or bk % w.group != 0
-  operands = [dy.reshape(rows, outputs), *planes, scale]
+  dy = dy.reshape(rows, outputs)
+  operands = [_in_memory(dy, interpret), *planes, scale]
   specs = [pl.BlockSpec((bm, bn), lambda i, k, j, layers: (i, j))]
   for plane in planes:
     specs.append(pl.BlockSpec((None, _words(plane, bk, inputs), bn), lambda i, k, j, layers: (layers[0], k, j)))
@@ -269,7 +270,7 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
     specs.append(pl.BlockSpec((1, _LANES), lambda i, k, j, layers: (0, 0)))
   if w.offset is not None:
     # [inputs / bk, rows, groups of a block]
-    by_group = _by_group(operands[0], qtensor.offsets(w))
+    by_group = _by_group(dy, qtensor.offsets(w))
     starts = np.arange(grid[1]) * bk // w.group
     operands.append(jnp.stack([by_group[:, start : start + own] for start in starts.tolist()]))
     specs.append(pl.BlockSpec((None, bm, own), lambda i, k, j, layers: (k, i, 0)))
@@ -321,6 +322,11 @@ def _stacks(w: qtensor.QTensor):
   if getattr(w.scale, 'dtype', None) == jnp.float32:
     return jnp.stack([layer, layer]), [stack(plane) for plane in w.planes], stack(w.scale)
   return jnp.stack([layer, jnp.zeros_like(layer)]), [stack(plane) for plane in w.planes], qtensor.scales(w)[None]
+
+
+def _in_memory(x, interpret):
+  """x in HBM, where blocks are fetched from while others are used; from VMEM they would be copied between two steps."""
+  return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def _words(plane, block: int, inputs: int) -> int:
@@ -549,4 +555,5 @@ def _spread(by_group, inputs: int):
   column, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 0))
   own = jax.lax.div(column, inputs // groups) == row
   ones = own.astype(jnp.bfloat16)
-  return sum(jnp.dot(piece, ones, preferred_element_type=jnp.float32) for piece in _pieces(by_group, 3))
+  pieces = jnp.concatenate(_pieces(by_group, 3), axis=1)
+  return jnp.dot(pieces, jnp.concatenate([ones] * 3), preferred_element_type=jnp.float32)

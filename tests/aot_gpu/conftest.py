@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 
 import pytest
 
@@ -21,7 +22,7 @@ _DUMP = pathlib.Path(tempfile.mkdtemp(prefix='ptx-'))
 _XLA, _MOSAIC = _DUMP / 'xla', _DUMP / 'mosaic'
 _XLA.mkdir()
 _MOSAIC.mkdir()
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_dump_to={_XLA} --xla_dump_emitter_re=asm'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_dump_to={_XLA} --xla_dump_emitter_re=ptx'
 os.environ['MOSAIC_GPU_DUMP_TO'] = str(_MOSAIC)
 
 # The chip as XLA describes it, from its published facts; others are told by what differs.
@@ -101,7 +102,8 @@ class Chip:
         path.unlink()
     whole = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
     # The mesh in context is how the plan, and Pallas, learn of the chip.
-    with jax.set_mesh(self.mesh):
+    with jax.set_mesh(self.mesh), warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'The Pallas Triton backend is deprecated')
       traced = jax.jit(function, in_shardings=whole, out_shardings=whole).trace(*args)
       program = traced.lower(lowering_platforms=('cuda',)).compile()
     texts = {path.name: path.read_text() for folder in (_XLA, _MOSAIC) for path in sorted(folder.glob('*.ptx'))}
