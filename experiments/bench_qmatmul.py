@@ -87,7 +87,7 @@ SCALES = {
   'gpu': _LARGE,
   'tpu': _LARGE,
   'cpu': Scale(
-    shapes=('288x768', '768x2048', '2048x5632'),
+    shapes=('288x768', '2048x5632'),
     rows=(1, 16, 512),
     bits=('4', '3', 'nf4'),
     groups=(32,),
