@@ -1,4 +1,4 @@
-"""TPUs that are not here: jax compiles for them on any Linux machine with libtpu (the extra aot-tpu).
+"""Chips that are not here: jax compiles for TPUs on any Linux machine with libtpu (the extra aot-tpu).
 
 `chip('v5e')` is a mesh of one device that can only be compiled for:
 
@@ -6,7 +6,7 @@
       compiled = topologies.compiled(function, *arguments)
 
 Under it `qmatmul` plans as on that chip.  A compiled program says what it holds in memory (`memory_analysis()`) and
-what it does (`as_text()`); it cannot run.
+what it does (`as_text()`); it cannot run.  `chip('h100')` takes the extra aot-gpu instead, in its own environment.
 """
 
 import contextlib
@@ -14,12 +14,16 @@ import functools
 import importlib.util
 import math
 import os
+import pathlib
 
 import jax
 from jax.experimental import topologies
 import numpy as np
 
 CHIPS = {'v5e': 'v5e:1x1', 'v6e': 'v6e:1x1', 'v5p': 'v5p:1x1x1'}
+H100 = 'h100'
+# The chip as XLA describes it.
+_H100 = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'aot_gpu' / 'h100.txtpb'
 
 # Read by libtpu while it loads: where it stands, instead of asking a cloud that is not there; and that it may load in
 # several processes at once (else they fight over a lock file, meant for processes that would share real chips).
@@ -40,7 +44,14 @@ def installed() -> bool:
 
 @functools.cache
 def chip(name: str) -> jax.sharding.Mesh:
-  """The mesh ('one',) of a single chip of CHIPS; RuntimeError without libtpu."""
+  """The mesh ('one',) of a single chip, one of CHIPS or H100; RuntimeError without its compiler."""
+  if name == H100:
+    form = {'topology_name': '1x1x1', 'topology': '1x1x1', 'target_config': _H100.read_text()}
+    try:
+      described = topologies.get_topology_desc(platform='cuda', **form)
+    except Exception as error:  # The plugin is missing: jax has no error of its own for that.
+      raise RuntimeError("compiling for NVIDIA's chips takes the extra aot-gpu: make test-aot-gpu.") from error
+    return jax.sharding.Mesh(np.array(described.devices), ('one',))
   if not installed():
     raise RuntimeError("compiling for TPUs takes libtpu: pip install 'qalora_jax[aot-tpu]' (Linux on x86-64).")
   with _environment(_ALONE):
@@ -53,7 +64,9 @@ def compiled(function, *arguments, **options) -> jax.stages.Compiled:
 
   It is never put in jax's persistent cache: a program for a chip that is not there cannot be read back.
   """
-  lowered = jax.jit(function, **options).trace(*arguments).lower(lowering_platforms=('tpu',))
+  platform = jax.sharding.get_abstract_mesh().abstract_device.platform
+  platform = 'tpu' if platform == 'tpu' else 'cuda'
+  lowered = jax.jit(function, **options).trace(*arguments).lower(lowering_platforms=(platform,))
   cached_from = jax.config.jax_persistent_cache_min_compile_time_secs
   jax.config.update('jax_persistent_cache_min_compile_time_secs', math.inf)
   try:

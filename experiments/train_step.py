@@ -9,7 +9,6 @@ Hugging Face's PEFT on PyTorch, same shapes, if `pip install -e '.[parity]'` was
 Writes experiments/results/train_step.{json,md}.
 """
 
-import functools
 import pathlib
 import statistics
 import sys
@@ -20,19 +19,17 @@ import jax
 import jax.numpy as jnp
 
 from configs import babyllama
+from experiments import bench_step
 from qalora_jax import adapters
 from qalora_jax import hf
-from qalora_jax import optim
-from qalora_jax import quant
 from qalora_jax import report
-from qalora_jax import step as step_lib
 from qalora_jax.models import linear
 from qalora_jax.models import llama
 from qalora_jax.quant import affine
 from qalora_jax.quant import float4
 
 RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'train_step'
-ROWS, WINDOW, RANK, ALPHA, RATE, ROUNDS = 8, 256, 8, 16.0, 1e-3, 12
+ROWS, WINDOW, RANK, ALPHA, ROUNDS = 8, 256, 8, 16.0, 12
 FOUR_BITS = (('all', affine.Affine(4, 32)),)
 SCHEMES = {
   'LoRA, dense base': linear.Scheme(adapter=adapters.Adapter('lora', RANK, ALPHA)),
@@ -47,31 +44,8 @@ def jax_step(directory, scheme: linear.Scheme):
   model = llama.Llama(config, scheme)
   frozen = jax.device_put(hf.load(directory, config, scheme))
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))['params']
-  rate = optim.schedule('constant', learning_rate=RATE, steps=1)
-  tx = optim.adamw(rate, clip=0.3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-  state = step_lib.init_state(tx, params)
-  tokens = jax.random.randint(jax.random.key(1), (ROWS, WINDOW), 0, config.vocab_size)
-  positions = jnp.broadcast_to(jnp.arange(WINDOW)[None], tokens.shape)
-  ones = jnp.ones_like(tokens)
-  batch = {'tokens': tokens, 'loss_mask': ones, 'segments': ones, 'positions': positions}
-  step = jax.jit(functools.partial(step_lib.train_step, model, tx, 0, 1), donate_argnums=0)
-  compiled = step.lower(state, frozen, batch).compile()
-  held = compiled.memory_analysis()
-
-  def run():
-    nonlocal state
-    state, metrics = compiled(state, frozen, batch)
-    jax.block_until_ready((state, metrics))
-
-  megabytes = lambda count: round(count / 2**20, 2)
-  return run, {
-    'weights_MiB': megabytes(quant.stored_bytes(frozen)),
-    'trained': adapters.count(params),
-    'temporaries_MiB': megabytes(held.temp_size_in_bytes),
-    'peak_MiB': megabytes(
-      held.argument_size_in_bytes + held.temp_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
-    ),
-  }
+  tokens = bench_step.batch(ROWS, WINDOW, config.vocab_size)
+  return bench_step.trainer(model, frozen, params, tokens)
 
 
 def peft_step(directory):
@@ -84,7 +58,7 @@ def peft_step(directory):
   projections = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
   model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=projections))
   trained = [p for p in model.parameters() if p.requires_grad]
-  optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+  optimizer = torch.optim.AdamW(trained, lr=bench_step.RATE, weight_decay=0.0)
   tokens = torch.randint(0, model.config.vocab_size, (ROWS, WINDOW), generator=torch.Generator().manual_seed(1))
 
   def run():

@@ -1,6 +1,7 @@
 """Results as data: one JSON form for every measurement, and tables rendered from it."""
 
 from collections.abc import Callable
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -11,9 +12,6 @@ import shutil
 import subprocess
 
 import jax
-import rich.table
-
-from qalora_jax import progress
 
 _PACKAGES = ('qalora_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -25,10 +23,19 @@ def document(command: str, rows: list[dict], **more) -> dict:
     'commit': commit(),
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'machine': f'{platform.machine()}, {os.cpu_count()} cores, {jax.device_count()} x {jax.devices()[0].device_kind}',
-    'versions': {'python': platform.python_version(), **{p: importlib.metadata.version(p) for p in _PACKAGES}},
+    'versions': {'python': platform.python_version(), **_versions()},
     **more,
     'rows': rows,
   }
+
+
+def _versions() -> dict[str, str]:
+  """The version of every one of _PACKAGES that is installed."""
+  installed = {}
+  for package in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      installed[package] = importlib.metadata.version(package)
+  return installed
 
 
 def commit() -> str | None:
@@ -59,6 +66,11 @@ def whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
 
 def show(title: str, rows: list[dict]) -> None:
   """Prints rows as a table, the columns in the order of their first appearance; a single row stands upright."""
+  # Here, so that results are written on a machine that has jax and flax alone.
+  import rich.table
+
+  from qalora_jax import progress
+
   table = rich.table.Table(title=title, title_justify='left')
   if len(rows) == 1:
     rows = [{'': name, ' ': text(value)} for name, value in rows[0].items()]

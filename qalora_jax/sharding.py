@@ -1,5 +1,7 @@
 """The mesh, the one table from logical to mesh axes, and `place`."""
 
+from collections.abc import Callable
+import functools
 import math
 
 from flax import linen as nn
@@ -7,10 +9,14 @@ from flax.core import meta
 import jax
 import numpy as np
 
+from qalora_jax.models import linear
+
 AXES = ('data', 'fsdp', 'tensor')
 
-# Weights are split over fsdp along the model's width and over tensor along heads, mlp and vocabulary.
+# Rows are split over data and fsdp; weights over fsdp along the model's width and over tensor along heads, mlp and
+# vocabulary.
 RULES = {
+  linear.ROWS: ('data', 'fsdp'),
   'embed': 'fsdp',
   'heads': 'tensor',
   'mlp': 'tensor',
@@ -19,7 +25,7 @@ RULES = {
   'rank': None,
   'layers': None,
 }
-BATCH = jax.sharding.PartitionSpec(('data', 'fsdp'))
+BATCH = jax.sharding.PartitionSpec(RULES[linear.ROWS])
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
@@ -63,6 +69,30 @@ def place(abstract, mesh: jax.sharding.Mesh, fallback: str = 'error'):
     )
 
   return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=boxed)
+
+
+def over(mesh: jax.sharding.Mesh | None, function: Callable) -> Callable:
+  """`function`, traced for `mesh`: its products with quantized matrices run on that mesh's devices, divided by RULES.
+
+  To be given to jit, beneath it: XLA divides everything else by itself, but what kernels compute it cannot.
+  None: a single device, and `function` as it is.
+  """
+  if mesh is None:
+    return function
+
+  @functools.wraps(function)
+  def traced(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(tuple(RULES.items())):
+      return function(*args, **kwargs)
+
+  return traced
+
+
+def mesh_of(tree) -> jax.sharding.Mesh | None:
+  """The mesh over which a tree of arrays lies; None for arrays that lie on one device."""
+  leaf = next(iter(jax.tree.leaves(tree)), None)
+  at = getattr(leaf, 'sharding', None)
+  return at.mesh if isinstance(at, jax.sharding.NamedSharding) else None
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

@@ -93,7 +93,9 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   state = jax.jit(make_state, out_shardings=at_state, donate_argnums=0)(drawn.pop('params'))
   _describe(state.params, frozen)
   step = jax.jit(
-    functools.partial(step_lib.train_step, built.model, tx, config.seed, config.train.accumulation),
+    sharding.over(
+      mesh, functools.partial(step_lib.train_step, built.model, tx, config.seed, config.train.accumulation)
+    ),
     in_shardings=(at_state, at_frozen, sharding.batch(mesh)),
     out_shardings=(at_state, sharding.replicated(mesh)),
     donate_argnums=0,  # the state; never the frozen weights

@@ -184,7 +184,7 @@ def test_the_cache_is_written_in_place(models):
     state = {'past': {'layers': {'attention': {'k': leaf, 'v': leaf}}}, 'positions': count, 'tokens': count}
     state['seen'] = jax.ShapeDtypeStruct((rows, 0), bool)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    lowered = decode._write.lower(model, sampling.Sampling(), nn.unbox(made), state, keys)
+    lowered = decode._write.lower(model, sampling.Sampling(), None, nn.unbox(made), state, keys)
     return lowered.compile().memory_analysis(), 2 * leaf.size * 4
 
   (few, small), (many, large) = compiled(2), compiled(8)

@@ -13,6 +13,7 @@ from qalora_jax import adapters
 from qalora_jax import optim
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
+from qalora_jax.kernels import plan
 from qalora_jax.models import linear
 from qalora_jax.models import llama
 from qalora_jax.quant import affine
@@ -69,10 +70,11 @@ def a_batch(seed=0, rows=ROWS):
   }
 
 
-def one_step(model, frozen, params, batch, accumulation=1, tx=None, **jit):
+def one_step(model, frozen, params, batch, accumulation=1, tx=None, mesh=None, impl=None, **jit):
   tx = tx or optax.sgd(1.0)
-  step = jax.jit(functools.partial(step_lib.train_step, model, tx, 0, accumulation), **jit)
-  return step(step_lib.init_state(tx, params), frozen, batch)
+  step = sharding.over(mesh, functools.partial(step_lib.train_step, model, tx, 0, accumulation))
+  with plan.using(impl):
+    return jax.jit(step, **jit)(step_lib.init_state(tx, params), frozen, batch)
 
 
 def assert_trees_close(got, want, eps=2e-5):
@@ -138,17 +140,20 @@ def test_only_adapters_train_and_the_base_stays_bit_identical(kind):
 
 
 @pytest.mark.parametrize(
-  'kind, bits, shape',
+  'kind, bits, shape, impl',
   [
-    ('qalora', 4, (8, 1, 1)),
-    ('qalora', 4, (2, 2, 2)),
-    ('qalora', 3, (2, 2, 2)),
-    ('lora', 2, (1, 4, 2)),
-    ('lora', 0, (2, 2, 2)),
-    ('full', 0, (1, 4, 2)),
+    ('qalora', 4, (8, 1, 1), None),
+    ('qalora', 4, (2, 2, 2), None),
+    ('qalora', 4, (2, 2, 2), 'tpu_interpreted'),
+    ('qalora', 3, (2, 2, 2), 'tpu_interpreted'),
+    ('lora', 2, (1, 4, 2), None),
+    ('lora', 2, (1, 2, 4), 'tpu_interpreted'),
+    ('lora', 0, (2, 2, 2), None),
+    ('full', 0, (1, 4, 2), None),
   ],
 )
-def test_sharded_is_unsharded(kind, bits, shape):
+def test_sharded_is_unsharded(kind, bits, shape, impl):
+  """One step on a mesh is that of one device: XLA's products, and kernels that run in shard_map on their own parts."""
   if len(jax.devices()) < 8:
     pytest.skip('needs eight devices; tests/conftest.py asks for them on CPU')
   model, frozen, params = born(kind, bits)
@@ -166,6 +171,8 @@ def test_sharded_is_unsharded(kind, bits, shape):
     params,
     jax.device_put(batch, rows),
     tx=tx,
+    mesh=mesh,
+    impl=impl,
     in_shardings=(at_state, at_frozen, rows),
     out_shardings=(at_state, sharding.replicated(mesh)),
   )
@@ -178,7 +185,8 @@ def test_sharded_is_unsharded(kind, bits, shape):
     )
 
 
-def test_two_stacks_and_doubled_scales_on_a_mesh():
+@pytest.mark.parametrize('impl', [None, 'tpu_interpreted'])
+def test_two_stacks_and_doubled_scales_on_a_mesh(impl):
   """Layers that differ, scales in 8 bits, weights without offsets: as on one device, and nothing large is copied."""
   model, frozen, params = born('qalora', 'mixed')
   assert sorted(params) == ['layers_0', 'layers_1']
@@ -190,7 +198,7 @@ def test_two_stacks_and_doubled_scales_on_a_mesh():
   rows = sharding.batch(mesh)
   placed = jax.device_put(frozen, at_frozen), params, jax.device_put(batch, rows)
   shardings = dict(in_shardings=(at_state, at_frozen, rows), out_shardings=(at_state, sharding.replicated(mesh)))
-  got, metrics = one_step(model, *placed, tx=tx, **shardings)
+  got, metrics = one_step(model, *placed, tx=tx, mesh=mesh, impl=impl, **shardings)
   assert_trees_close(got.params, want.params)
   assert_trees_close(metrics, wanted)
   up = at_frozen['layers_0']['mlp']['up_proj']['kernel']

@@ -226,7 +226,7 @@ def _finished(results, slots, indices, requests: Sequence[Request], bar: progres
 @functools.lru_cache(maxsize=4)
 def _compiled(model: nn.Module, mesh):
   """One jitted function a model; it makes a program for every shape that it meets."""
-  return jax.jit(functools.partial(_score, model), in_shardings=(None, sharding.batch(mesh)))
+  return jax.jit(sharding.over(mesh, functools.partial(_score, model)), in_shardings=(None, sharding.batch(mesh)))
 
 
 def _score(model: nn.Module, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array]:

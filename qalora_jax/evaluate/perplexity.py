@@ -32,7 +32,9 @@ def row_scores(model: nn.Module, variables: dict, *, examples: list, window: int
 @functools.lru_cache(maxsize=4)
 def _compiled(model: nn.Module, mesh):
   """One jitted function a model: the validations of a long run share its program."""
-  return jax.jit(functools.partial(step_lib.score_rows, model), in_shardings=(None, sharding.batch(mesh)))
+  return jax.jit(
+    sharding.over(mesh, functools.partial(step_lib.score_rows, model)), in_shardings=(None, sharding.batch(mesh))
+  )
 
 
 def score(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qalora_jax import sharding
 from qalora_jax.generate import sampling
 from qalora_jax.models import llama
 
@@ -51,12 +52,13 @@ def stream(
   size = min(window, _up(max(lengths) + max_tokens))
   keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(len(prompts)))
   budget = [min(max_tokens, window - length) for length in lengths]
-  state, made = _read(model, settings, size, variables, tokens_BP, np.array(lengths, np.int32), keys_B)
+  mesh = sharding.mesh_of(variables)
+  state, made = _read(model, settings, mesh, size, variables, tokens_BP, np.array(lengths, np.int32), keys_B)
   step = 0
   while step < max(budget):
     step += 1
     # Begun before its predecessor is looked at, so that the device never waits for this program.
-    following = _write(model, settings, variables, state, keys_B) if step < max(budget) else None
+    following = _write(model, settings, mesh, variables, state, keys_B) if step < max(budget) else None
     tokens = [token if step <= budget[row] else None for row, token in enumerate(np.asarray(made).tolist())]
     yield tokens
     budget = [0 if token in ends else left for token, left in zip(tokens, budget, strict=True)]
@@ -75,13 +77,14 @@ def check(model: nn.Module, prompt: Sequence[int]) -> None:
     raise ValueError(f'the prompt holds token {max(prompt)} and the model embeds {rows}: its tokenizer is another one.')
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _read(model, settings, size: int, variables, tokens_BP, lengths_B, keys_B):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _read(model, settings, mesh, size: int, variables, tokens_BP, lengths_B, keys_B):
   """The prompts' keys and values in a cache of `size` entries, and the first token of every row.
 
   A prompt is followed by padding, whose keys and values are masked until decoding writes over them.
   """
-  logits, made = model.apply(variables, tokens_BP, only_BP=lengths_B[:, None] - 1, mutable=[llama.PRESENT])
+  apply = sharding.over(mesh, model.apply)
+  logits, made = apply(variables, tokens_BP, only_BP=lengths_B[:, None] - 1, mutable=[llama.PRESENT])
 
   def grown(leaf):
     # [N, B, K, P, C] -> [N, B, K, S, C]
@@ -96,12 +99,12 @@ def _read(model, settings, size: int, variables, tokens_BP, lengths_B, keys_B):
   return _chosen(settings, state, logits, keys_B)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _write(model, settings, variables, state, keys_B):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _write(model, settings, mesh, variables, state, keys_B):
   """One more token of every row; the cache is written in place."""
   positions_B = state['positions']
   past = {llama.PAST: state['past']} if state['past'] else {}
-  logits, made = model.apply(
+  logits, made = sharding.over(mesh, model.apply)(
     {**variables, **past},
     state['tokens'][:, None],
     positions_BT=positions_B[:, None],

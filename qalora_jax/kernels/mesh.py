@@ -29,34 +29,34 @@ class Division:
     return dataclasses.replace(product, **sizes)
 
 
-def divide(x, w: qtensor.QTensor) -> Division:
-  """How w.split divides x [B, ..., I] @ w (or dy [B, ..., O] @ w.T) over the mesh in context.
+def divide(x, w: qtensor.QTensor) -> Division | None:
+  """How w.split divides x [B, ..., I] @ w (or dy [B, ..., O] @ w.T) over the mesh in context; None if nobody said how.
 
   Weights that lie over an axis of the rows (FSDP) are gathered, packed.  So is a dimension that its axis does not
-  divide into whole groups and whole words, and one whose axis a shard_map around this one has taken already.
+  divide into whole groups and whole words.  Axes that a shard_map around this has taken already are left alone.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if w.split is None or mesh.empty:
-    return Division()
-  size = lambda axis: mesh.shape[axis] if axis in mesh.shape and axis not in mesh.manual_axes else 1
-  rows = tuple(axis for axis in w.split.rows if size(axis) > 1)
-  rows_parts = math.prod(map(size, rows))
-  if x.ndim < 2 or x.shape[0] % rows_parts:
-    rows, rows_parts = (), 1
-
-  def axis_of(axis, fits):
-    return (axis, size(axis)) if axis not in w.split.rows and size(axis) > 1 and fits(size(axis)) else (None, 1)
-
+  sizes = _free()
+  if not sizes:
+    # Without a mesh in context arrays may still lie over several devices.
+    return Division() if jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty else None
+  if w.split is None:
+    return None
+  rows = tuple(axis for axis in w.split.rows if axis in sizes)
+  if x.ndim < 2 or x.shape[0] % math.prod(sizes[axis] for axis in rows):
+    rows = ()
   width = math.gcd(*qtensor.PLANES[w.bits])
   whole = lambda parts: w.groups % parts == 0 and (w.shape[-2] // parts) * width % qtensor.WORD == 0
-  inputs, inputs_parts = axis_of(w.split.inputs, whole)
-  outputs, outputs_parts = axis_of(w.split.outputs, lambda parts: w.shape[-1] % parts == 0)
-  return Division(rows, inputs, outputs, (rows_parts, inputs_parts, outputs_parts))
+  divides = lambda axis: axis in sizes and axis not in w.split.rows
+  inputs = w.split.inputs if divides(w.split.inputs) and whole(sizes[w.split.inputs]) else None
+  outputs = w.split.outputs if divides(w.split.outputs) and w.shape[-1] % sizes[w.split.outputs] == 0 else None
+  parts = math.prod(sizes[axis] for axis in rows), sizes.get(inputs, 1), sizes.get(outputs, 1)
+  return Division(rows, inputs, outputs, parts)
 
 
 def run(multiply, x, w: qtensor.QTensor, division: Division, transposed: bool) -> jax.Array:
   """multiply(x, w, out_dtype) on every device's part, in x's dtype; partial sums are added in float32."""
-  if division == Division():
+  sizes = _free()
+  if not sizes:
     return multiply(x, w, x.dtype)
   if isinstance(w.scale, double.Doubled):
     # A few constants belong to scales of many groups: they are expanded before they are divided.
@@ -67,18 +67,29 @@ def run(multiply, x, w: qtensor.QTensor, division: Division, transposed: bool) -
     given, made = made, given
 
   def local(x, w):
-    y = multiply(x, w, x.dtype if given is None else jnp.float32)
-    return y if given is None else jax.lax.psum(y, given).astype(x.dtype)
+    if given is None:
+      return multiply(x, w, x.dtype)
+    return jax.lax.psum(multiply(x, w, jnp.float32), given).astype(x.dtype)
 
-  between = (None,) * (x.ndim - 2)
-  spec = lambda last: _P(division.rows or None, *between, last) if x.ndim > 1 else _P(last)
-  divided = jax.shard_map(
-    local, in_specs=(spec(given), _specs(w, division)), out_specs=spec(made), check_vma=False
-  )
-  return divided(x, w.replace(split=None))
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = (division.rows or None, *(None,) * (x.ndim - 2)) if x.ndim > 1 else ()
+  w = w.replace(split=None)
+  return jax.shard_map(
+    local,
+    in_specs=(_P(*rows, given), _specs(w, division)),
+    out_specs=_P(*rows, made),
+    axis_names={axis for axis in mesh.axis_names if axis not in mesh.manual_axes},
+    check_vma=False,
+  )(x, w)
+
+
+def _free() -> dict[str, int]:
+  """The axes of the mesh in context over which a product can be divided, and their sizes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
 
 
 def _specs(w: qtensor.QTensor, division: Division) -> qtensor.QTensor:
   """The PartitionSpec of every leaf of w: matrices by inputs and outputs, a stack's layers and its index whole."""
   matrix = (division.inputs, division.outputs)
-  return jax.tree.map(lambda leaf: _P(*(None,) * (leaf.ndim - 2), *matrix) if leaf.ndim else _P(), w.replace(split=None))
+  return jax.tree.map(lambda leaf: _P(*(None,) * (leaf.ndim - 2), *matrix) if leaf.ndim else _P(), w)

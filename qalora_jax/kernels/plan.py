@@ -10,13 +10,13 @@ An implementation is a module with
 """
 
 import dataclasses
+import os
 import types
 from typing import Any
 
 import jax
 
 from qalora_jax.kernels import mosaic_gpu
-from qalora_jax.kernels import product as product_lib
 from qalora_jax.kernels import tpu
 from qalora_jax.kernels import triton
 from qalora_jax.kernels import xla
@@ -30,7 +30,8 @@ IMPLEMENTATIONS = {'xla': xla, 'tpu': tpu, 'mosaic_gpu': mosaic_gpu, 'triton': t
 _PREFERRED = {'tpu': ('tpu', 'xla'), 'gpu': ('mosaic_gpu', 'triton', 'xla')}
 
 # Part of jit's cache key: `with using('xla'): ...` makes every `qmatmul` that names no implementation take this one.
-using = jax.make_user_context(None)
+# It begins as the environment says, which is about a machine and not about an experiment.
+using = jax.make_user_context(os.environ.get('QALORA_QMATMUL') or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,6 @@ def choose(product: Product, device: Device, impl: str | None = None) -> Plan:
   `impl` with '_interpreted' at its end runs that kernel interpreted, on any device: slow, for tests and for looking.
   Raises Refused (a ValueError) for an unknown `impl` and for one that cannot make this product there.
   """
-  impl = impl or using.value
   if impl is not None:
     name = impl.removesuffix(INTERPRETED)
     if name not in IMPLEMENTATIONS:
@@ -77,4 +77,4 @@ def choose(product: Product, device: Device, impl: str | None = None) -> Plan:
 
 def _model(name: str) -> Device:
   """The device that an interpreted kernel is planned for."""
-  return product_lib.Device('tpu', 'TPU v5 lite') if name == 'tpu' else product_lib.Device('gpu', 'NVIDIA H100 80GB HBM3')
+  return Device('tpu', 'TPU v5 lite') if name == 'tpu' else Device('gpu', 'NVIDIA H100 80GB HBM3')

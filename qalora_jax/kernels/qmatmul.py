@@ -27,12 +27,14 @@ def qmatmul(x, w, impl: str | None = None) -> jax.Array:
   float32.  Between forward and backward x and w are kept.
 
   `impl`: 'xla', 'tpu', 'mosaic_gpu', 'triton', each of which raises where it cannot run; 'reference' (the
-  specification under plain autodiff); None chooses (`plan.choose`), and `plan.using` chooses for a whole model.
+  specification under plain autodiff); None: what `plan.using` says for a whole model, else `plan.choose` chooses.
 
   Raises ValueError, at trace time, for shapes that do not meet, planes that are not those of w's bits and inputs,
   and an `impl` that is unknown or cannot make this product on this device (`product.Refused`, which says why);
   TypeError for an x that is neither float32, bfloat16 nor float16.
   """
+  # Here, and not where a product is planned: a gradient is traced later, and is the same one's.
+  impl = impl or plan.using.value
   if x.shape[-1] != w.shape[-2]:
     raise ValueError(f'qmatmul: x has {x.shape[-1]} inputs, the weight {w.shape[-2]}.')
   trains = isinstance(w, latent.Latent)
@@ -50,14 +52,22 @@ def qmatmul(x, w, impl: str | None = None) -> jax.Array:
 def _multiply(x, w, impl, transposed=False):
   """x @ dense(w), or x @ dense(w).T, by whoever `impl` or the plan says."""
   division = mesh.divide(x, w)
-  whole = product.Product.of(x, w, transposed)
-  made = plan.choose(division.local(whole), product.device(), impl)
+  if division is None:
+    # Nobody said how this product is divided: XLA finds out, and a kernel that is asked for by name makes all of it.
+    division, impl = mesh.Division(), impl or 'xla'
+  made = plan.choose(division.local(product.Product.of(x, w, transposed)), product.device(), impl)
   multiply = made.module.transpose if transposed else made.module.forward
   run = functools.partial(multiply, blocks=made.blocks, interpret=made.interpret)
   if made.name == 'xla':
     # XLA divides its own products; a kernel is one device's.
     return run(x, w, out_dtype=x.dtype)
-  local = lambda x, w, out_dtype: _vectorized(functools.partial(run, out_dtype=out_dtype))(x, w)
+
+  def local(x, w, out_dtype):
+    if made.interpret:
+      # On CPU, XLA folds words that are constants into narrow integers wrongly: what is interpreted is no constant.
+      x, w = jax.lax.optimization_barrier((x, w))
+    return _vectorized(functools.partial(run, out_dtype=out_dtype))(x, w)
+
   return mesh.run(local, x, w, division, transposed)
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from qalora_jax import adapters
 from qalora_jax.kernels import qmatmul
 from qalora_jax.quant import method
+from qalora_jax.quant import qtensor
 
 # Words for `targets`; anything else is a regular expression searched in the weight's name.
 TARGETS = {
@@ -30,6 +31,8 @@ TARGETS = {
   'mlp': r'^layers/.*/mlp/.*_proj$',
 }
 STACK = 'layers'
+# The logical axis of the rows of a batch.
+ROWS = 'rows'
 
 
 def selects(targets: str, name: str) -> bool:
@@ -109,6 +112,14 @@ def dense_init(scheme: Scheme, initializer: Callable, shape: tuple[int, ...], ax
   return lambda key: nn.with_logical_partitioning(initializer, axes)(key, shape, dtype)
 
 
+def split(axes: tuple[str, str]) -> qtensor.Split | None:
+  """How the rules in context divide a product with a matrix of these logical axes; None where there are no rules."""
+  rules = dict(nn.get_logical_axis_rules())
+  if not rules:
+    return None
+  return qtensor.Split(rows=tuple(rules.get(ROWS) or ()), inputs=rules.get(axes[0]), outputs=rules.get(axes[1]))
+
+
 class Linear(nn.Module):
   """x [..., I] -> x @ dense(kernel) + the adapter's update [..., features]; no bias.
 
@@ -122,6 +133,8 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x):
     kernel = weight(self, self.scheme, 'kernel', self._kernel_init(x.shape[-1]))
+    if isinstance(kernel, qtensor.QTensor):
+      kernel = kernel.replace(split=split(self.axes))
     adapter = self._adapter(kernel)
     if adapter is None:
       return qmatmul.qmatmul(x, kernel)

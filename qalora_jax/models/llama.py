@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from qalora_jax.models import linear
+from qalora_jax.quant import qtensor
 
 REMAT = {
   'none': None,
@@ -229,8 +230,8 @@ class Llama(nn.Module):
     )
     embedding_VD = linear.weight(self, self.scheme, 'embedding', init)
     x_BTD = embedding_VD[tokens_BT].astype(c.dtype)
-    for stack in self._stacks():
-      x_BTD, _ = stack(x_BTD, positions_BT, mask_B1TT)
+    run = self._born if self.is_initializing() else self._through
+    x_BTD = run(x_BTD, positions_BT, mask_B1TT)
     if only_BP is not None:
       x_BTD = jnp.take_along_axis(x_BTD, only_BP[:, :, None], axis=1)
     x_BTD = RMSNorm(c.rms_norm_eps, self.scheme, name='norm')(x_BTD)
@@ -240,28 +241,63 @@ class Llama(nn.Module):
       logits = linear.Linear(c.vocab_size, ('embed', 'vocab'), self.scheme, name='lm_head')(x_BTD)
     return logits.astype(jnp.float32)
 
-  def _stacks(self) -> list[nn.Module]:
-    """The layers, as one scanned module for every run of neighbours that are alike."""
-    c, block = self.config, Block
-    if c.remat != 'none':
-      # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot, and the guard costs time.
-      block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
-    if self.is_initializing():
-      starts = self.scheme.starts(c.num_hidden_layers, MATRICES)
-    else:
-      starts = linear.starts({name for collection in self.variables.values() for name in collection})
-    made = []
+  def _born(self, x_BTD, *context):
+    """The layers as modules that draw their weights: one scanned for every run of neighbours that are alike."""
+    c = self.config
+    starts = self.scheme.starts(c.num_hidden_layers, MATRICES)
     for name, start, stop in zip(linear.stacks(starts), starts, [*starts[1:], c.num_hidden_layers], strict=True):
       scanned = nn.scan(
-        block,
+        Block,
         length=stop - start,
-        variable_axes={'params': 0, 'frozen': 0, PAST: 0, PRESENT: 0},
-        split_rngs={'params': True, 'dropout': True},
+        variable_axes={'params': 0, 'frozen': 0},
+        split_rngs={'params': True},
         in_axes=nn.broadcast,
         metadata_params={nn.PARTITION_NAME: 'layers'},
       )
-      made.append(scanned(c, self.scheme, name=name))
-    return made
+      x_BTD, _ = scanned(c, self.scheme, name=name)(x_BTD, *context)
+    return x_BTD
+
+  def _through(self, x_BTD, *context):
+    """x through the layers that the variables hold, stack by stack."""
+    starts = linear.starts({name for collection in self.variables.values() for name in collection})
+    for name in linear.stacks(starts):
+      own = {collection: tree[name] for collection, tree in self.variables.items() if name in tree}
+      x_BTD = self._loop(name, own, x_BTD, *context)
+    return x_BTD
+
+  def _loop(self, name: str, own: dict, x_BTD, *context):
+    """One program for all layers of a stack: a scan over them.
+
+    Weights that train, dense ones, and keys and values are handed over layer by layer.  Quantized matrices stay
+    outside, whole: a layer reads its own where it lies in the stack (`qtensor.in_stack`), for what a scan hands over to
+    a kernel it copies first.
+    """
+    c = self.config
+    drops, remembers = self.has_rng('dropout'), self.is_mutable_collection(PRESENT)
+    number = len(jax.tree.leaves(own)[0])
+    keys = jax.random.split(self.make_rng('dropout'), number) if drops else None
+    quantized = lambda node: isinstance(node, qtensor.QTensor)
+    frozen = own.pop('frozen', {})
+    whole = jax.tree.map(lambda node: node if quantized(node) else None, frozen, is_leaf=quantized)
+    rest = jax.tree.map(lambda node: None if quantized(node) else node, frozen, is_leaf=quantized)
+
+    def layer(x_BTD, each):
+      index, key, own, rest = each
+      pick = lambda stack, leaf: leaf if stack is None else qtensor.in_stack(stack, index)
+      blank = lambda node: node is None or quantized(node)
+      variables = {**own, 'frozen': jax.tree.map(pick, whole, rest, is_leaf=blank)}
+      rngs = {'dropout': key} if drops else {}
+      block = Block(c, self.scheme)
+      (x_BTD, _), made = block.apply(variables, x_BTD, *context, rngs=rngs, mutable=[PRESENT] if remembers else [])
+      return x_BTD, made.get(PRESENT)
+
+    if c.remat != 'none':
+      # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot, and the guard costs time.
+      layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[c.remat])
+    x_BTD, present = jax.lax.scan(layer, x_BTD, (jnp.arange(number), keys, own, rest))
+    if remembers:
+      self.put_variable(PRESENT, name, present)
+    return x_BTD
 
 
 def causal_mask(rows: int, length: int, segments_BT=None) -> jax.Array:

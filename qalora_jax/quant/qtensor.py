@@ -126,7 +126,7 @@ def alone(q: QTensor) -> QTensor:
 
 
 def check(q: QTensor, name: str = 'a weight') -> None:
-  """ValueError unless the planes of `q` are those of its bits, inputs and outputs, and its offsets those of its groups."""
+  """ValueError unless the planes of `q` are those of its bits and shape, and its offsets those of its groups."""
   *leading, inputs, outputs = q.scale.shape
   inputs = inputs * q.group
   if q.bits not in PLANES:
