@@ -300,11 +300,8 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
     operands.append(_table(w.levels))
     specs.append(pl.BlockSpec((1, _LANES), lambda i, k, j, layers: (0, 0)))
   if w.offset is not None:
-    # [inputs / bk, rows, groups of a block]
-    by_group = _by_group(dy, qtensor.offsets(w))
-    starts = np.arange(grid[1]) * bk // w.group
-    operands.append(jnp.stack([by_group[:, start : start + own] for start in starts.tolist()]))
-    specs.append(pl.BlockSpec((None, bm, own), lambda i, k, j, layers: (k, i, 0)))
+    operands.append(_by_block(_by_group(dy, qtensor.offsets(w)), grid[1], w.group // bk))
+    specs.append(pl.BlockSpec((None, bm, operands[-1].shape[2]), lambda i, k, j, layers: (k, i, 0)))
   kernel = functools.partial(_transpose, form=_Form.of(w), blocks=blocks, steps=grid[2], outputs=outputs, whole=whole)
   dx = pl.pallas_call(
     kernel,
@@ -392,6 +389,16 @@ def _by_group(dy, offset):
   stacked = jnp.concatenate(_pieces(offset, 3))
   sums = jax.lax.dot_general(dy, stacked, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
   return sum(jnp.split(sums, 3, axis=1))
+
+
+def _by_block(by_group, blocks: int, repeats: int):
+  """dy @ offset.T [rows, L] as the pieces of each block's groups: [blocks, rows, 3 * groups of a block].
+
+  repeats: blocks of a group, where groups are larger.
+  """
+  by_group = jnp.repeat(by_group, max(1, repeats), axis=1)
+  pieces = [piece.reshape(piece.shape[0], blocks, -1) for piece in _pieces(by_group, 3)]
+  return jnp.concatenate(pieces, axis=2).swapaxes(0, 1)
 
 
 def _pieces(value, count: int):
@@ -591,15 +598,9 @@ def _look_up(table, codes):
   return jnp.take_along_axis(table, codes, axis=1)
 
 
-def _spread(by_group, inputs: int):
-  """[rows, groups] -> [rows, inputs]: every group's number to all of its inputs, exactly, by the MXU."""
-  groups = by_group.shape[1]
-  if groups == 1:
-    return jnp.broadcast_to(by_group, (by_group.shape[0], inputs))
-  shape = (groups, inputs)
-  column, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 0))
-  own = jax.lax.div(column, inputs // groups) == row
-  ones = own.astype(jnp.bfloat16)
-  # All pieces in one pass: they do not overlap, so that their sum is exact in any order.
-  pieces = jnp.concatenate(_pieces(by_group, 3), axis=1)
-  return jnp.dot(pieces, jnp.concatenate([ones] * 3), preferred_element_type=jnp.float32)
+def _spread(pieces, inputs: int):
+  """[rows, 3 * groups] of `_by_block` -> [rows, inputs]: to every input its group's number, exactly, by the MXU."""
+  groups = pieces.shape[1] // 3
+  row, column = (jax.lax.broadcasted_iota(jnp.int32, (3 * groups, inputs), axis) for axis in (0, 1))
+  own = jax.lax.rem(row, groups) == jax.lax.div(column, inputs // groups)
+  return jnp.dot(pieces, own.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
