@@ -31,7 +31,6 @@ _EXACT = jax.lax.Precision.HIGHEST
 # Rows and columns of a vector register of 32-bit numbers: blocks are whole tiles of it or whole dimensions.
 _SUBLANES, _LANES = 8, 128
 _NARROW = {8: jnp.int8, 4: jnp.int4, 2: jnp.int2}
-_INDICES = {8: jnp.uint8, 4: jnp.uint4, 2: jnp.uint2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +194,8 @@ def _fitting(product: product_lib.Product, blocks: Blocks) -> Blocks:
       )
     largest = max(smaller, key=lambda name: getattr(blocks, name))
     blocks = dataclasses.replace(blocks, **{largest: smaller[largest]})
-  return blocks
+  # XLA uses what is left, so twice what is counted is enough.
+  return dataclasses.replace(blocks, vmem=min(blocks.vmem, max(16 * 2**20, 2 * _bytes(product, blocks))))
 
 
 def _bytes(product: product_lib.Product, blocks: Blocks) -> int:
@@ -547,10 +547,10 @@ def _dense(planes, scale, table_ref, form: _Form, blocks: Blocks, dtype):
 def _levels(planes, table_ref, form: _Form, inputs: int):
   """The levels [inputs, outputs] of a block of codes: narrow integers or float32."""
   if form.levels != 'integer':
-    codes = pltpu.bitcast(planes[0], _INDICES[form.bits])[:inputs].astype(jnp.int32)
+    codes = pltpu.bitcast(planes[0], jnp.uint4)[:inputs].astype(jnp.int32)
     table = jnp.broadcast_to(table_ref[...], (inputs, _LANES))
     columns = range(0, codes.shape[1], _LANES)
-    return jnp.concatenate([_look_up(table, codes[:, at : at + _LANES]) for at in columns], axis=1)
+    return jnp.concatenate([jnp.take_along_axis(table, codes[:, at : at + _LANES], axis=1) for at in columns], axis=1)
   if form.bits != 3:
     return pltpu.bitcast(planes[0], _NARROW[form.bits])[:inputs]
   low, high = planes
@@ -560,10 +560,6 @@ def _levels(planes, table_ref, form: _Form, inputs: int):
   bit = jnp.uint32(1) << jax.lax.broadcasted_iota(jnp.uint32, repeated.shape, 1)
   negative = ((repeated & bit) != 0).reshape(words * qtensor.WORD, outputs)[:inputs]
   return low - jnp.where(negative, 4.0, 0.0)
-
-
-def _look_up(table, codes):
-  return jnp.take_along_axis(table, codes, axis=1)
 
 
 def _spread(pieces, inputs: int):
