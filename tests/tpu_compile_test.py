@@ -123,10 +123,11 @@ def kernels(text: str) -> list[str]:
   return sorted(re.findall(r'%(\w+?)(?:\.\d+)? = [^\n]*custom_call_target="tpu_custom_call"', text))
 
 
-# Layers y = x + down(up(x)^2) of 4 bits, of LLaMA-7B's sizes for decoding and of smaller ones for training: what they
-# keep is still too large for VMEM.
+# Layers y = x + down(up(x)^2) of 4 bits, of LLaMA-7B's sizes for decoding and of smaller ones for training, but so many
+# that what they keep is still too large for VMEM.  Their groups fill registers (of 44 groups in a stack, say, XLA makes
+# another copy, in the kernels' layout).
 GROUP = 32
-DECODED, TRAINED = (4096, 11008), (1024, 2816)
+DECODED, TRAINED = (4096, 11008), (512, 1536)
 
 
 def layers(sizes: tuple[int, int], count: int):
@@ -189,11 +190,11 @@ def test_a_training_step_keeps_activations_alone(checkpoint):
 
   That is up(x) in bfloat16 and both pooled inputs in float32, or, with a checkpoint, x in bfloat16.
   """
-  rows, (narrow, wide) = 2048, TRAINED
+  rows, (narrow, wide) = 256, TRAINED
   function = functools.partial(step, checkpoint=checkpoint)
-  (few, _), (many, copies) = (scanned(function, rows, TRAINED, count) for count in (8, 16))
+  (few, _), (many, copies) = (scanned(function, rows, TRAINED, count) for count in (1024, 1280))
   kept = rows * narrow * 2 if checkpoint else rows * (wide * 2 + (narrow + wide) // GROUP * 4)
-  assert 0.5 * kept < (many - few) / 8 <= 1.1 * kept
+  assert 0.5 * kept < (many - few) / 256 <= 1.1 * kept
   assert copies == []
 
 
