@@ -42,6 +42,8 @@ SHAPES = (
   ('babyllama gate', 128, 352),
 )
 ROWS = (1, 7, 16, 47, 33)
+# Programs that run once take longer to optimize than to run.
+UNOPTIMIZED = {'xla_backend_optimization_level': 0}
 U, V = 2.0**-24, 2.0**-8
 
 
@@ -83,7 +85,7 @@ def wide(x):
   return np.asarray(x, np.float64)
 
 
-@functools.partial(jax.jit, static_argnames=('blocks', 'transposed', 'out_dtype'))
+@functools.partial(jax.jit, static_argnames=('blocks', 'transposed', 'out_dtype'), compiler_options=UNOPTIMIZED)
 def interpreted(x, q, blocks, transposed=False, out_dtype=None):
   multiply = tpu.transpose if transposed else tpu.forward
   return multiply(x, q, blocks, out_dtype=out_dtype or x.dtype, interpret=True)
@@ -123,7 +125,7 @@ def test_values_and_gradients_are_the_reference_s(inputs, outputs, form, group, 
   q = matrix(inputs, outputs, form, group)
   x, dy = factors(q, rows, dtype)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
   def through(x, dy, q):
     y, pull = jax.vjp(lambda x, offset: qmatmul.qmatmul(x, q.replace(offset=offset), IMPL), x, q.offset)
     return y, *pull(dy)
@@ -233,7 +235,7 @@ def test_what_a_kernel_leaves_unwritten_would_show():
   assert got[4:].all() and got[:, 100:].all() and not got[:4, :100].any()
 
 
-def stacked(count=3, **form):
+def stacked(count=3):
   return [matrix(128, 200, 4, 32, seed=seed) for seed in range(count)]
 
 
@@ -248,7 +250,7 @@ def test_a_matrix_in_its_stack_is_that_matrix(scale):
   stack = stack_of(matrices)
   x, dy = factors(matrices[0], 5, 'bfloat16')
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
   def both(x, dy, q):
     y, pull = jax.vjp(lambda x: qmatmul.qmatmul(x, q, IMPL), x)
     return y, *pull(dy)

@@ -31,7 +31,6 @@ _EXACT = jax.lax.Precision.HIGHEST
 # Rows and columns of a vector register of 32-bit numbers: blocks are whole tiles of it or whole dimensions.
 _SUBLANES, _LANES = 8, 128
 _NARROW = {8: jnp.int8, 4: jnp.int4, 2: jnp.int2}
-_INDICES = {8: jnp.uint8, 4: jnp.uint4, 2: jnp.uint2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +220,8 @@ def _fitting(product: product_lib.Product, blocks: Blocks) -> Blocks:
       )
     largest = max(smaller, key=lambda name: getattr(blocks, name))
     blocks = dataclasses.replace(blocks, **{largest: smaller[largest]})
-  return blocks
+  # XLA uses what is left, so twice what is counted is enough.
+  return dataclasses.replace(blocks, vmem=min(blocks.vmem, max(16 * 2**20, 2 * _bytes(product, blocks))))
 
 
 def _bytes(product: product_lib.Product, blocks: Blocks) -> int:
@@ -299,11 +299,8 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
     operands.append(_table(w.levels))
     specs.append(pl.BlockSpec((1, _LANES), lambda i, k, j, layers: (0, 0)))
   if w.offset is not None:
-    # [inputs / bk, rows, groups of a block]
-    by_group = _by_group(dy, qtensor.offsets(w))
-    starts = np.arange(grid[1]) * bk // w.group
-    operands.append(jnp.stack([by_group[:, start : start + own] for start in starts.tolist()]))
-    specs.append(pl.BlockSpec((None, bm, own), lambda i, k, j, layers: (k, i, 0)))
+    operands.append(_by_block(_by_group(dy, qtensor.offsets(w)), grid[1], w.group // bk))
+    specs.append(pl.BlockSpec((None, bm, operands[-1].shape[2]), lambda i, k, j, layers: (k, i, 0)))
   kernel = functools.partial(_transpose, form=_Form.of(w), blocks=blocks, steps=grid[2], outputs=outputs, whole=whole)
   dx = pl.pallas_call(
     kernel,
@@ -391,6 +388,16 @@ def _by_group(dy, offset):
   stacked = jnp.concatenate(_pieces(offset, 3))
   sums = jax.lax.dot_general(dy, stacked, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
   return sum(jnp.split(sums, 3, axis=1))
+
+
+def _by_block(by_group, blocks: int, repeats: int):
+  """dy @ offset.T [rows, L] as the pieces of each block's groups: [blocks, rows, 3 * groups of a block].
+
+  repeats: blocks of a group, where groups are larger.
+  """
+  by_group = jnp.repeat(by_group, max(1, repeats), axis=1)
+  pieces = [piece.reshape(piece.shape[0], blocks, -1) for piece in _pieces(by_group, 3)]
+  return jnp.concatenate(pieces, axis=2).swapaxes(0, 1)
 
 
 def _pieces(value, count: int):
@@ -571,10 +578,10 @@ def _dense(planes, scale, table_ref, form: _Form, blocks: Blocks, dtype):
 def _levels(planes, table_ref, form: _Form, inputs: int):
   """The levels [inputs, outputs] of a block of codes: narrow integers or float32."""
   if form.levels != 'integer':
-    codes = pltpu.bitcast(planes[0], _INDICES[form.bits])[:inputs].astype(jnp.int32)
+    codes = pltpu.bitcast(planes[0], jnp.uint4)[:inputs].astype(jnp.int32)
     table = jnp.broadcast_to(table_ref[...], (inputs, _LANES))
     columns = range(0, codes.shape[1], _LANES)
-    return jnp.concatenate([_look_up(table, codes[:, at : at + _LANES]) for at in columns], axis=1)
+    return jnp.concatenate([jnp.take_along_axis(table, codes[:, at : at + _LANES], axis=1) for at in columns], axis=1)
   if form.bits != 3:
     return pltpu.bitcast(planes[0], _NARROW[form.bits])[:inputs]
   low, high = planes
@@ -586,6 +593,7 @@ def _levels(planes, table_ref, form: _Form, inputs: int):
   return low - jnp.where(negative, 4.0, 0.0)
 
 
+<<<<<<< HEAD
 def _look_up(table, codes):
   return jnp.take_along_axis(table, codes, axis=1)
 
@@ -602,3 +610,11 @@ def _spread(by_group, inputs: int):
   # All pieces in one pass: they do not overlap, so that their sum is exact in any order.
   pieces = jnp.concatenate(_pieces(by_group, 3), axis=1)
   return jnp.dot(pieces, jnp.concatenate([ones] * 3), preferred_element_type=jnp.float32)
+=======
+def _spread(pieces, inputs: int):
+  """[rows, 3 * groups] of `_by_block` -> [rows, inputs]: to every input its group's number, exactly, by the MXU."""
+  groups = pieces.shape[1] // 3
+  row, column = (jax.lax.broadcasted_iota(jnp.int32, (3 * groups, inputs), axis) for axis in (0, 1))
+  own = jax.lax.rem(row, groups) == jax.lax.div(column, inputs // groups)
+  return jnp.dot(pieces, own.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+>>>>>>> 35f8bed36b2a6748bae8c2f0d782acf0f1bb5f4b
