@@ -593,28 +593,9 @@ def _levels(planes, table_ref, form: _Form, inputs: int):
   return low - jnp.where(negative, 4.0, 0.0)
 
 
-<<<<<<< HEAD
-def _look_up(table, codes):
-  return jnp.take_along_axis(table, codes, axis=1)
-
-
-def _spread(by_group, inputs: int):
-  """[rows, groups] -> [rows, inputs]: every group's number to all of its inputs, exactly, by the MXU."""
-  groups = by_group.shape[1]
-  if groups == 1:
-    return jnp.broadcast_to(by_group, (by_group.shape[0], inputs))
-  shape = (groups, inputs)
-  column, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 0))
-  own = jax.lax.div(column, inputs // groups) == row
-  ones = own.astype(jnp.bfloat16)
-  # All pieces in one pass: they do not overlap, so that their sum is exact in any order.
-  pieces = jnp.concatenate(_pieces(by_group, 3), axis=1)
-  return jnp.dot(pieces, jnp.concatenate([ones] * 3), preferred_element_type=jnp.float32)
-=======
 def _spread(pieces, inputs: int):
   """[rows, 3 * groups] of `_by_block` -> [rows, inputs]: to every input its group's number, exactly, by the MXU."""
   groups = pieces.shape[1] // 3
   row, column = (jax.lax.broadcasted_iota(jnp.int32, (3 * groups, inputs), axis) for axis in (0, 1))
   own = jax.lax.rem(row, groups) == jax.lax.div(column, inputs // groups)
   return jnp.dot(pieces, own.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
->>>>>>> 35f8bed36b2a6748bae8c2f0d782acf0f1bb5f4b
