@@ -43,6 +43,8 @@ from qalora_jax.quant import qtensor
 RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'tpu_static'
 # A stack so large that it lies in HBM, as a model's does; the compiler keeps small operands in VMEM.
 LAYERS = 32
+# The last dump of the schedule before empty bundles are folded away.
+STAGE = 'packed-bundles-post-ra'
 KERNELS = {'forward': tpu.forward, 'backward': tpu.transpose}
 
 
@@ -88,15 +90,15 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-  """Training products of 4096 x 4096 and decode steps of LLaMA-7B's three shapes."""
-  integer = lambda bits, group: qtensor.Form(bits, group)
-  nf4 = lambda group: qtensor.Form(4, group, 'nf4', offset='none')
+  """Training products of 4096 x 4096 and decode steps of LLaMA-7B's shapes."""
+  four = [qtensor.Form(4, group) for group in (32, 64, 128)]
+  others = [*(qtensor.Form(bits, 32) for bits in (8, 3, 2)), qtensor.Form(4, 64, 'nf4', offset='none')]
   for chip in topologies.CHIPS:
-    for form in (*(integer(4, group) for group in (32, 64, 128)), *(integer(bits, 32) for bits in (8, 3, 2)), nf4(64)):
+    for form in four + others:
       for kernel in KERNELS:
         yield Case(chip, kernel, form, 2048, (4096, 4096))
     for shape in ((4096, 11008), (4096, 4096), (11008, 4096)):
-      for form in (*(integer(bits, group) for bits in (4, 3, 2, 8) for group in (32, 128)), nf4(64)):
+      for form in [four[0], four[2]] + others * (shape == (4096, 11008)):
         yield Case(chip, 'forward', form, 16, shape)
 
 
@@ -117,7 +119,7 @@ def measure(place: str, case: Case, blocks=None) -> dict:
   grid, moved, once = traffic(program)
   limits, steps = LIMITS[case.chip], math.prod(grid)
   in_cycles = lambda count: count / limits.bandwidth * limits.clock / steps
-  text = _dump(place, 'packed-bundles-post-ra')
+  text = _dump(place)
   found = cycles(text, grid[-1])
   mxu, hbm = case.rows * inputs * outputs / limits.multiply_adds / steps, in_cycles(moved)
   bound = max(mxu, in_cycles(once))
@@ -180,12 +182,12 @@ def _dumps(place: str) -> pathlib.Path:
   return pathlib.Path(place, str(os.getpid()))
 
 
-def _dump(place: str, stage: str) -> str:
-  """What libtpu wrote of the kernel after `stage`."""
-  found = [path for path in _dumps(place).glob(f'*-qmatmul*-{stage}.txt') if 'schedule-analysis' not in path.name]
+def _dump(place: str) -> str:
+  """What libtpu wrote of the kernel after STAGE."""
+  found = [path for path in _dumps(place).glob(f'*-qmatmul*-{STAGE}.txt') if 'schedule-analysis' not in path.name]
   if len(found) != 1:
     raise RuntimeError(
-      f'libtpu wrote {len(found)} schedules ({stage}) of a kernel; its dumps are undocumented and may have changed.'
+      f'libtpu wrote {len(found)} schedules ({STAGE}) of a kernel; its dumps are undocumented and may have changed.'
     )
   return found[0].read_text()
 
@@ -193,7 +195,11 @@ def _dump(place: str, stage: str) -> str:
 def _begin(place: str) -> None:
   """A worker's start: libtpu reads its flags once, while it loads."""
   _dumps(place).mkdir()
-  flags = (f'--xla_jf_dump_to={_dumps(place)}', '--xla_jf_dump_llo_text=true', '--xla_jf_dump_hlo_text=false')
+  flags = (
+    f'--xla_jf_dump_to={_dumps(place)}',
+    '--xla_jf_dump_llo_text=true',
+    f'--xla_jf_dump_llo_pass_label_regex={STAGE}',
+  )
   os.environ['LIBTPU_INIT_ARGS'] = ' '.join((os.environ.get('LIBTPU_INIT_ARGS', ''), *flags))
 
 

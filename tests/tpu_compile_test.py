@@ -3,19 +3,27 @@
 What runs is libtpu's compiler, on CPU; nothing is executed.  Numbers are held by the interpreted tests.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
 import math
 import re
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import topologies
+from qalora_jax import adapters
+from qalora_jax import step as step_lib
 from qalora_jax.kernels import qmatmul
+from qalora_jax.models import linear
+from qalora_jax.models import llama
+from qalora_jax.quant import affine
 from qalora_jax.quant import qtensor
 
 pytestmark = pytest.mark.skipif(
@@ -154,12 +162,17 @@ def scanned(function, rows: int, sizes: tuple[int, int], count: int):
   x = jax.ShapeDtypeStruct((rows, sizes[0]), jnp.bfloat16)
   with jax.set_mesh(topologies.chip('v5e')):
     compiled = topologies.compiled(function, x, weights, offsets)
-  shapes = '|'.join(','.join(map(str, plane.shape[1:])) for w in weights.values() for plane in w.planes)
-  # A view of what lies elsewhere makes nothing.
-  made = re.compile(rf'= \(?[us]32\[(?:1,)?(?:{shapes})\]\S* (?!parameter|get-tuple-element|bitcast)')
   text = compiled.as_text()
   assert set(kernels(text)) >= {'qmatmul_forward'}
-  return compiled.memory_analysis().temp_size_in_bytes, [line for line in text.splitlines() if made.search(line)]
+  return compiled.memory_analysis().temp_size_in_bytes, copied(text, weights.values())
+
+
+def copied(text: str, stacks) -> list[str]:
+  """The instructions of a compiled program that make packed planes of one layer of a stack."""
+  shapes = '|'.join({','.join(map(str, plane.shape[1:])) for w in stacks for plane in w.planes})
+  # A view of what lies elsewhere makes nothing.
+  made = re.compile(rf'= \(?[us]32\[(?:1,)?(?:{shapes})\]\S* (?!parameter|get-tuple-element|bitcast)')
+  return [line for line in text.splitlines() if made.search(line)]
 
 
 def test_decoding_reads_the_stack_where_it_lies():
@@ -182,3 +195,31 @@ def test_a_training_step_keeps_activations_alone(checkpoint):
   kept = rows * narrow * 2 if checkpoint else rows * (wide * 2 + (narrow + wide) // GROUP * 4)
   assert 0.5 * kept < (many - few) / 8 <= 1.1 * kept
   assert copies == []
+
+
+def test_a_model_multiplies_by_kernels_alone():
+  """A training step and a generated token of a LLaMA: kernels for all seven matrices, and no packed weight copied."""
+  quantizers, adapter = (('all', affine.Affine(4, GROUP)),), adapters.Adapter('qalora', 4, 8.0)
+  scheme = linear.Scheme(quantizers=quantizers, adapter=adapter, frozen_dtype=jnp.bfloat16)
+  sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=3)
+  heads = dict(num_attention_heads=4, num_key_value_heads=2)
+  model = llama.Llama(llama.ModelConfig(**sizes, **heads, dtype=jnp.bfloat16, remat='full'), scheme)
+  tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+  variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
+  tx = optax.adam(1e-3)
+  state = jax.eval_shape(functools.partial(step_lib.init_state, tx), variables['params'])
+  batch = dict.fromkeys(('tokens', 'loss_mask', 'segments', 'positions'), tokens)
+  train = functools.partial(step_lib.train_step, model, tx, 0, 1)
+  with jax.set_mesh(topologies.chip('v5e')):
+    trained = topologies.compiled(train, state, variables['frozen'], batch).as_text()
+    token = topologies.compiled(model.apply, variables, jax.ShapeDtypeStruct((2, 1), jnp.int32)).as_text()
+  matrices = [w for w in jax.tree.leaves(variables['frozen'], is_leaf=is_quantized) if is_quantized(w)]
+  # Under remat='full' every product is made again, but for the layer's last, of which only the pooled input is kept.
+  assert collections.Counter(kernels(trained)) == {'qmatmul_forward': 7 + 6, 'qmatmul_transpose': 7}
+  assert kernels(token) == ['qmatmul_forward'] * 7
+  for text in trained, token:
+    assert copied(text, matrices) == []
+
+
+def is_quantized(leaf) -> bool:
+  return isinstance(leaf, qtensor.QTensor)

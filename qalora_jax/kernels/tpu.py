@@ -104,8 +104,9 @@ def plan(product: product_lib.Product, device: product_lib.Device) -> Blocks:
   passes = 6 if product.dtype == 'float32' else 1
   weights = min(_WEIGHTS, _CYCLES * chip.multiply_adds // (rows * passes))
   if product.transposed:
-    outputs = _outputs_summed(product.outputs, _SUMMED)
-    inputs = _inputs(product, _power(weights // outputs))
+    # Of 256 inputs, the scales of groups of 32 fill registers.
+    outputs = _outputs_summed(product.outputs, min(_SUMMED, max(256, weights // 256 // _LANES * _LANES)))
+    inputs = _inputs(product, max(256, _power(weights // outputs)))
   else:
     inputs = _inputs(product, _SUMMED)
     outputs = _power(weights // inputs)
@@ -126,7 +127,7 @@ _IDLE = 300
 
 def _power(size: int) -> int:
   """The largest power of two up to `size`, not less than a register's lanes and not more than 2048."""
-  return min(2048, max(_LANES, 1 << (size.bit_length() - 1)) if size else _LANES)
+  return min(2048, max(_LANES, 1 << (max(1, size).bit_length() - 1)))
 
 
 def _streamed(product: product_lib.Product, chip: _Chip, most: int) -> int:
