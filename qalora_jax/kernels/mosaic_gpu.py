@@ -270,7 +270,7 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
     pipeline = plgpu.emit_pipeline_warp_specialized(
       block,
       grid=(blocks.steps if whole else jnp.minimum(blocks.steps, of_blocks - first),),
-      memory_registers=40,
+      memory_registers=80,
       in_specs=specs,
       wg_axis='warpgroup',
       num_compute_wgs=warpgroups,
