@@ -27,6 +27,14 @@ IMPL = 'mosaic_gpu_interpreted'
 interpreted = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='Pallas Mosaic GPU is used from jax 0.11 on')
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _compiled_plainly():
+  """An interpreted kernel runs once: compiling it well would take longer than running it."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture
 def newer(monkeypatch):
   """A jax that it plans for."""
