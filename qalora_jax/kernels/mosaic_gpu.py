@@ -5,7 +5,7 @@ The canonical planes are read as they lie, whole stacks too; no second layout of
 
     acc [64 outputs, rows] += fragments(words, scale) [64, 256]  @  x.T [256, rows]        wgmma, float32 sums
 
-* Words come to shared memory as [8 units, outputs], 8 units of 32 inputs (see `fragments`), and are read from there
+* Words come to shared memory as [8 units, outputs], a unit being 32 inputs (see `fragments`), and are read from there
   across, [outputs, units], without bank conflicts: the 128-byte swizzle spreads the four rows that a warp reads.
 * The codes times their scales, rounded once to bfloat16, are A, in registers; x, put into the fragments' order by
   XLA beforehand (`arrange`), is B, in shared memory.
@@ -187,10 +187,10 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
 
   def kernel(*refs):
     given = dict(zip((*operands, 'y', 'through'), refs, strict=False))
-    own = jax.lax.axis_index('warpgroup')
-    mine, ours = pl.ds(64 * own, 64), pl.ds(outputs * jax.lax.axis_index('outputs'), outputs)
-    split, those = jax.lax.axis_index('split'), pl.ds(blocks.rows * jax.lax.axis_index('rows'), blocks.rows)
-    first = split * blocks.steps
+    own, split = jax.lax.axis_index('warpgroup'), jax.lax.axis_index('split')
+    # Columns of the stage that are this warpgroup's, the program's outputs and rows, and its first block of inputs.
+    mine, at_output, first = pl.ds(64 * own, 64), outputs * jax.lax.axis_index('outputs'), split * blocks.steps
+    ours, those = pl.ds(at_output, outputs), pl.ds(blocks.rows * jax.lax.axis_index('rows'), blocks.rows)
     layer = (given['layer'][0],) if 'layer' in given else ()
     through = given['through'].at[own] if interpret else None
 
@@ -244,7 +244,7 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
       def _(sums):
         run(sums)
         y = sums[...] if interpret else _one_by_one(plgpu, across, sums[...])
-        there = given['y'].at[split, those, pl.ds(outputs * jax.lax.axis_index('outputs') + 64 * own, 64)]
+        there = given['y'].at[split, those, pl.ds(at_output + 64 * own, 64)]
         # Eight neighbouring outputs of a row, a sector of 32 bytes, are written at once.
         _store(plgpu, there.T, y.astype(given['y'].dtype))
 
@@ -270,7 +270,8 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
     pipeline = plgpu.emit_pipeline_warp_specialized(
       block,
       grid=(blocks.steps if whole else jnp.minimum(blocks.steps, of_blocks - first),),
-      memory_registers=40,
+      # As many as issuing a stage's copies takes; with fewer they would be spilled.
+      memory_registers=80,
       in_specs=specs,
       wg_axis='warpgroup',
       num_compute_wgs=warpgroups,
@@ -279,12 +280,12 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
     )
     pipeline(*(part for part, *_ in sources.values()))
 
-  stack_shape = (blocks.splits, rows, operands['scale'].shape[-1])
+  shape = (blocks.splits, rows, operands['scale'].shape[-1])
   scratch = plgpu.SMEM((warpgroups, 64, fragments.CHUNK), jnp.bfloat16, transforms=_swizzled(plgpu, jnp.bfloat16))
   call = plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct(stack_shape, out_dtype if blocks.splits == 1 else jnp.float32),
-    grid=(blocks.splits, stack_shape[-1] // outputs, rows // blocks.rows),
+    out_type=jax.ShapeDtypeStruct(shape, out_dtype if blocks.splits == 1 else jnp.float32),
+    grid=(blocks.splits, shape[-1] // outputs, rows // blocks.rows),
     grid_names=('split', 'outputs', 'rows'),
     num_threads=warpgroups + 1,
     thread_name='warpgroup',
