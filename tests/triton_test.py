@@ -24,7 +24,7 @@ from qalora_jax.quant import double
 from qalora_jax.quant import qtensor
 
 H100 = product.Device('gpu', 'NVIDIA H100 80GB HBM3')
-# A kernel is compiled once here and runs once.
+# A kernel is compiled here to run once or twice.
 quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
@@ -46,8 +46,12 @@ def rows_of(rows, inputs, dtype, seed=1):
 
 def sums(x, w, **changes):
   """The kernel's float32 sums."""
-  blocks = dataclasses.replace(triton.plan(product.Product.of(x, w), H100), **changes)
-  return quick(lambda x, w: triton.forward(x, w, blocks, out_dtype=jnp.float32, interpret=True))(x, w)
+  return _sums(x, w, dataclasses.replace(triton.plan(product.Product.of(x, w), H100), **changes))
+
+
+@functools.partial(quick, static_argnames='blocks')
+def _sums(x, w, blocks):
+  return triton.forward(x, w, blocks, out_dtype=jnp.float32, interpret=True)
 
 
 def check(got, x, w):
@@ -116,9 +120,8 @@ def test_values_and_gradients_of_qmatmul(form, dtype):
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
 
 
-@pytest.mark.parametrize('form', [4, 'nf4'])
-def test_bfloat16_keeps_small_changes_of_offsets(form):
-  w = matrix(form, 256, 96, 32)
+def test_bfloat16_keeps_small_changes_of_offsets():
+  w = matrix(4, 256, 96, 32)
   x = rows_of(16, 256, 'bfloat16')
   change = 1e-5 * jax.random.normal(jax.random.key(9), w.offset.shape)
   want = np.asarray(x, np.float32) @ np.repeat(np.asarray(change), 32, axis=0)
@@ -142,11 +145,12 @@ def test_a_layer_of_a_stack(form):
   if form == 'nf4':
     stack = stack.replace(scale=double.compress(stack.scale))
   x = rows_of(5, 96, 'bfloat16')
-  multiply = lambda at: qmatmul.qmatmul(x, qtensor.in_stack(stack, at), 'triton_interpreted')
-  scanned = quick(lambda: jax.lax.scan(lambda carry, at: (carry, multiply(at)), 0, jnp.arange(3))[1])()
+  multiply = lambda w: qmatmul.qmatmul(x, w, 'triton_interpreted')
+  layer = lambda carry, at: (carry, multiply(qtensor.in_stack(stack, at)))
+  scanned = quick(lambda: jax.lax.scan(layer, 0, jnp.arange(3))[1])()
+  alone = quick(multiply)
   for at in range(3):
-    own = jax.tree.map(lambda leaf, at=at: leaf[at], stack)
-    np.testing.assert_array_equal(scanned[at], quick(lambda w: qmatmul.qmatmul(x, w, 'triton_interpreted'))(own))
+    np.testing.assert_array_equal(scanned[at], alone(jax.tree.map(lambda leaf, at=at: leaf[at], stack)))
 
 
 def assembled(text, *registers):
