@@ -51,42 +51,41 @@ def rows(count, inputs, seed=1):
 def close(y, x, w):
   """y is x @ dense(w) in float64, but for what bfloat16 rounds.
 
-  Every level * scale is rounded once to bfloat16 (2^-9 of it; levels of a codebook once more before), and so is y.
+  Every level * scale is rounded once to bfloat16 (2^-8 of it; levels of a codebook once more before), and so is y.
   The rest, float32 sums and the offsets in parts, is below 2^-18 of the sum of what is added.
   """
   exact = lambda array: np.asarray(array, np.float64)
   dense, scaled = exact(qtensor.dequantize(w)), np.abs(exact(qtensor.scaled(w)))
   wanted, size = exact(x) @ dense, np.abs(exact(x)) @ scaled
   every = np.abs(exact(x)) @ (scaled + np.abs(dense))
-  roundings = (1 if w.levels == 'integer' else 2) * (2**-9 + 2**-15)
-  bound = roundings * size + 2**-9 * (np.abs(wanted) + roundings * size) + 2**-18 * every
+  roundings = (1 if w.levels == 'integer' else 2) * (2**-8 + 2**-14)
+  bound = roundings * size + 2**-8 * (np.abs(wanted) + roundings * size) + 2**-18 * every
   assert np.all(np.abs(exact(y) - wanted) <= bound)
 
 
 CASES = [
-  # bits, levels, group, rows, inputs, outputs, offset, dtype
-  (4, 'integer', 32, 1, 512, 128, True, jnp.float32),
-  (4, 'integer', 64, 16, 512, 64, True, jnp.float16),
-  (4, 'integer', 128, 7, 768, 192, True, jnp.float32),
-  (4, 'integer', -1, 16, 768, 64, True, jnp.float32),
-  (8, 'integer', 32, 7, 512, 64, True, jnp.float32),
-  (8, 'integer', 128, 1, 256, 128, False, jnp.float16),
-  (3, 'integer', 32, 16, 512, 64, True, jnp.float32),
-  (3, 'integer', 128, 7, 256, 128, True, jnp.float32),
-  (2, 'integer', 64, 7, 512, 64, True, jnp.float32),
-  (2, 'integer', -1, 1, 256, 64, False, jnp.float32),
-  (4, 'nf4', 64, 16, 512, 64, False, jnp.float32),
-  (4, 'fp4', 32, 7, 256, 64, True, jnp.float16),
+  # bits, levels, group, rows, inputs, offset, dtype
+  (4, 'integer', 32, 1, 512, True, jnp.float32),
+  (4, 'integer', 64, 16, 256, True, jnp.float16),
+  (4, 'integer', -1, 7, 768, False, jnp.float32),
+  (8, 'integer', 128, 7, 256, True, jnp.float32),
+  (8, 'integer', 32, 1, 256, False, jnp.float16),
+  (3, 'integer', 32, 16, 256, True, jnp.float32),
+  (3, 'integer', 128, 7, 512, False, jnp.float32),
+  (2, 'integer', 64, 7, 256, True, jnp.float32),
+  (2, 'integer', -1, 16, 512, True, jnp.float16),
+  (4, 'nf4', 64, 16, 256, False, jnp.float32),
+  (4, 'fp4', 32, 1, 256, True, jnp.float32),
 ]
 
 
 @interpreted
-@pytest.mark.parametrize(('bits', 'levels', 'group', 'count', 'inputs', 'outputs', 'offset', 'dtype'), CASES)
-def test_it_is_the_product(bits, levels, group, count, inputs, outputs, offset, dtype):
-  w = matrix(bits, group, inputs, outputs, levels, offset, dtype)
+@pytest.mark.parametrize(('bits', 'levels', 'group', 'count', 'inputs', 'offset', 'dtype'), CASES)
+def test_it_is_the_product(bits, levels, group, count, inputs, offset, dtype):
+  w = matrix(bits, group, inputs, 64, levels, offset, dtype)
   x = rows(count, inputs)
   y = qmatmul.qmatmul(x, w, IMPL)
-  assert y.dtype == jnp.bfloat16 and y.shape == (count, outputs)
+  assert y.dtype == jnp.bfloat16 and y.shape == (count, 64)
   close(y, x, w)
 
 
@@ -117,14 +116,14 @@ def test_gradients():
   dx, doffset = jax.grad(loss, (0, 1))(x, w.offset, IMPL)
   wanted, wanted_offset = jax.grad(loss, (0, 1))(x, w.offset, 'reference')
   scale = float(jnp.abs(wanted.astype(jnp.float32)).max())
-  # A weight and dx are rounded to bfloat16: 2^-9 each of what is summed, at most twice the greatest sum.
+  # A weight and dx are rounded to bfloat16: 2^-8 each.
   np.testing.assert_allclose(*(np.asarray(g, np.float32) for g in (dx, wanted)), atol=2**-7 * scale)
   np.testing.assert_allclose(doffset, wanted_offset, rtol=1e-5, atol=1e-5)
 
 
 @interpreted
 def test_a_small_change_of_an_offset_reaches_y():
-  """1e-5, a 50th of bfloat16's last place at a weight of 0.02 times 16, to within 1 %."""
+  """1e-5, an eighth of bfloat16's last place at a weight of 0.02, to within 1 %."""
   w, x = matrix(4, 64, 256, 64), rows(4, 256)
   blocks = mosaic_gpu.plan(product.Product.of(x, w), H100)
   run = functools.partial(mosaic_gpu.forward, x, blocks=blocks, out_dtype=jnp.float32, interpret=True)
@@ -134,8 +133,9 @@ def test_a_small_change_of_an_offset_reaches_y():
 
 
 @interpreted
+@pytest.mark.filterwarnings('ignore:invalid value encountered:RuntimeWarning')  # numpy's, within the interpreter.
 def test_what_is_not_finite_reaches_y():
-  """In its own row, and in no other; rows that fill up a block make nothing of it."""
+  """In its own row, and in no other."""
   w, x = matrix(4, 64, 256, 64), rows(4, 256)
   x = x.at[1, 200].set(jnp.nan).at[2, 3].set(jnp.inf)
   y = qmatmul.qmatmul(x, w, IMPL)
@@ -185,7 +185,9 @@ def test_what_it_refuses(newer, changes, reason):
     mosaic_gpu.plan(product_of(**changes), H100)
 
 
-@pytest.mark.parametrize('kind', ['NVIDIA B200', 'NVIDIA GB200', 'NVIDIA A100-SXM4-80GB', 'NVIDIA GeForce RTX 4090', ''])
+@pytest.mark.parametrize(
+  'kind', ['NVIDIA B200', 'NVIDIA GB200', 'NVIDIA A100-SXM4-80GB', 'NVIDIA GeForce RTX 4090', '']
+)
 def test_other_chips_are_refused(newer, kind):
   device = product.Device('gpu', kind)
   with pytest.raises(product.Refused, match='Hopper'):

@@ -83,7 +83,7 @@ def scale(machine, s) -> tuple:
 
 
 def scaled(machine, level, factor):
-  """level * scale, rounded to bfloat16 as if by one multiplication in float32 (to within 2^-16)."""
+  """level * scale, rounded to bfloat16 as if by one multiplication in float32 (to within 2^-15)."""
   near, rest = factor
   return machine.fused(level, near, machine.times(level, rest))
 
@@ -151,9 +151,7 @@ def _looked_up(machine, book, word):
     # Three bits of each index choose among eight bytes, the fourth between the halves of the book.
     three, fourth = machine.both(own, 0x7777), machine.either(machine.both(machine.right(own, 1), 0x4444), 0x3210)
     low, high = (
-      machine.permute(
-        machine.permute(byte[0], byte[1], three), machine.permute(byte[2], byte[3], three), fourth
-      )
+      machine.permute(machine.permute(byte[0], byte[1], three), machine.permute(byte[2], byte[3], three), fourth)
       for byte in (table(0), table(8))
     )
     found += [machine.permute(low, high, 0x5140), machine.permute(low, high, 0x7362)]

@@ -158,7 +158,9 @@ def arrange(x, bits: int, levels: str, offset: bool) -> jax.Array:
   by_block = x.reshape(x.shape[0], -1, fragments.BLOCK)
   arranged = jnp.take(by_block, fragments.order(bits, levels), axis=-1)
   if offset:
-    sums = by_block.reshape(*by_block.shape[:2], fragments.UNITS, fragments.UNIT).astype(jnp.float32).sum(-1)
+    of_unit = by_block.reshape(*by_block.shape[:2], fragments.UNITS, fragments.UNIT).astype(jnp.float32)
+    # Term by term it is one kernel with the rest; a reduction would be one more to launch.
+    sums = functools.reduce(jnp.add, [of_unit[..., at] for at in range(fragments.UNIT)])
     parts = []
     for _ in range(3):
       # XLA would take a conversion there and back for none.
@@ -244,7 +246,7 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
         y = sums[...] if interpret else _one_by_one(plgpu, across, sums[...])
         there = given['y'].at[split, those, pl.ds(outputs * jax.lax.axis_index('outputs') + 64 * own, 64)]
         # Eight neighbouring outputs of a row, a sector of 32 bytes, are written at once.
-        there.T[...] = y.astype(given['y'].dtype)
+        _store(plgpu, there.T, y.astype(given['y'].dtype))
 
     # {operand: (its part in global memory, the shape of a stage, where a step finds it, how it lies in shared memory)}
     swizzled = lambda ref: _swizzled(plgpu, ref.dtype)
@@ -295,6 +297,14 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
     return call(*operands.values())
 
 
+def _store(plgpu, ref, value):
+  """ref[...] = value; ref is in global memory, and its last axis is not the one along which it is contiguous."""
+  if hasattr(plgpu, 'store'):
+    plgpu.store(ref, value, optimized=False)
+  else:  # jax 0.11
+    ref[...] = value
+
+
 def _swizzled(plgpu, dtype):
   """Rows of 128 bytes, eight to a tile, whose 16-byte pieces change places so that columns are read at full speed."""
   return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
@@ -303,7 +313,9 @@ def _swizzled(plgpu, dtype):
 def _weights(bits, levels, chunk, machine, scale, *words):
   """The tiles of a chunk of codes times their scales; each argument has two units, as has each thread."""
   held = list(zip(*words, strict=True))
-  return [tile for unit in range(2) for tile in fragments.weights(machine, bits, levels, chunk, held[unit], scale[unit])]
+  return [
+    tile for unit in range(2) for tile in fragments.weights(machine, bits, levels, chunk, held[unit], scale[unit])
+  ]
 
 
 def _offsets(machine, offset):

@@ -40,7 +40,7 @@ class Blocks:
 
   scaling says where codes meet their scales:
 
-  * 'before': level * scale is multiplied in float32 and rounded once, to x's dtype: 2^-9 of a weight in bfloat16.
+  * 'before': level * scale is multiplied in float32 and rounded once, to x's dtype: 2^-8 of a weight in bfloat16.
   * 'after': x meets the levels, which integer codes are exactly, and the sums of every group are scaled in float32:
     no weight is rounded (levels of a codebook are, to x's dtype).  Forward only.
 
@@ -57,23 +57,33 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class _Chip:
-  """A core's VMEM in bytes and the depth of its MXU."""
+  """What blocks depend on, of one core.
+
+  vmem: its bytes.  depth: of an MXU.  multiply_adds, bytes: of all its MXUs, and out of HBM, in a cycle.  rows: of a
+  block, so many that multiplying hides the unpacking of its weights.  narrowest: integers of which it unpacks vectors,
+  in bits.
+  """
 
   vmem: int
   depth: int
+  multiply_adds: int
+  bytes: int
+  rows: int
+  narrowest: int = 2
 
   @classmethod
   def of(cls, device: product_lib.Device) -> '_Chip':
-    """The first whose name `device.kind` begins with; what no table knows is taken for the smallest."""
-    return next((chip for name, chip in _CHIPS.items() if device.kind.startswith(name)), cls(16 * 2**20, 128))
+    """The first whose name `device.kind` begins with; a chip of another name is taken for the least of them."""
+    return next((chip for name, chip in _CHIPS.items() if device.kind.startswith(name)), _LEAST)
 
 
+_LEAST = _Chip(16 * 2**20, 128, 2**16, 580, 512, narrowest=4)
 _CHIPS = {
-  'TPU v5 lite': _Chip(128 * 2**20, 128),
-  'TPU v5e': _Chip(128 * 2**20, 128),
-  'TPU v5': _Chip(64 * 2**20, 128),
-  'TPU v6': _Chip(128 * 2**20, 256),
-  'TPU7': _Chip(64 * 2**20, 256),
+  'TPU v5 lite': _Chip(128 * 2**20, 128, 2**16, 545, 512),
+  'TPU v5e': _Chip(128 * 2**20, 128, 2**16, 545, 512),
+  'TPU v5': _Chip(64 * 2**20, 128, 2**16, 790, 512),
+  'TPU v6': _Chip(128 * 2**20, 256, 2**18, 937, 1024),
+  'TPU7': _Chip(64 * 2**20, 256, 2**18, 1900, 1024),
 }
 
 
@@ -83,28 +93,24 @@ def worthwhile(product: product_lib.Product, device: product_lib.Device) -> bool
 
 
 def plan(product: product_lib.Product, device: product_lib.Device) -> Blocks:
-  """Blocks for `product`, found from static schedules; Refused where Mosaic cannot make it.
+  """Blocks for `product`, found by experiments/tpu_static.py; Refused where Mosaic cannot make it.
 
-  Many rows: as much of the weights a step as keeps the MXU busy for some thousand cycles, so that the step's own
-  hundred do not count.  Few rows: all inputs a step, so that one more accumulation is saved as well.
+  Wherever VMEM allows, a step takes all of the dimension that is summed: x (or dy) is then fetched once, and sums need
+  no second pass.  Of the other dimension it takes what keeps the MXU busy for some thousand cycles, or, where few rows
+  leave it waiting for weights, what makes all steps and the first fetch together the shortest.
   """
-  _check(product, device)
-  chip = _Chip.of(device)
-  parts = pl.cdiv(product.rows, _ROWS)
-  rows = product.rows if parts == 1 else _round_up(pl.cdiv(product.rows, parts), 16)
-  most = min(_WEIGHTS, _ROWS * 2**18 * (chip.depth // 128) // rows)
-  if product.dtype == 'float32':
-    # Six passes of the MXU.
-    most //= 4
-  few = rows <= _FEW
+  chip = _check(product, device)
+  rows = _even(max(1, product.rows), chip.rows, 16)
+  # The MXU multiplies float32 in six passes.
+  passes = 6 if product.dtype == 'float32' else 1
+  weights = min(_WEIGHTS, _CYCLES * chip.multiply_adds // (rows * passes))
   if product.transposed:
-    wanted = 2048 if few else 4 * chip.depth
-    inputs = _inputs(product, min(2048, most // _outputs_summed(product.outputs, wanted)))
-    outputs = _outputs_summed(product.outputs, max(wanted, min(2048, most // inputs)))
+    outputs = _outputs_summed(product.outputs, _SUMMED)
+    inputs = _inputs(product, _power(weights // outputs))
   else:
-    inputs = _inputs(product, 8192 if few else 4 * chip.depth)
-    outputs = min(2048, max(_LANES, 2 ** int(math.log2(max(1, most // inputs)))))
-    outputs = _even(product.outputs, outputs, _LANES)
+    inputs = _inputs(product, _SUMMED)
+    outputs = _power(weights // inputs)
+    outputs = _even(product.outputs, _streamed(product, chip, outputs) if rows <= _FEW else outputs, _LANES)
   blocks = _fitting(product, Blocks(rows, inputs, outputs, depth=chip.depth, vmem=chip.vmem * 3 // 4))
   if product.transposed or not _after(product, blocks):
     return blocks
@@ -112,11 +118,31 @@ def plan(product: product_lib.Product, device: product_lib.Device) -> Blocks:
   return dataclasses.replace(blocks, scaling='after', rows=_round_up(blocks.rows, _SUBLANES))
 
 
-# Rows of a block; rows up to which reading the weights takes longer than multiplying them; weights of a block.
-_ROWS, _FEW, _WEIGHTS = 512, 64, 2**21
+# Rows up to which reading the weights takes longer than multiplying them; weights of a block; cycles of a step beside
+# which its bookkeeping (some 150) does not count; the largest dimension that is summed at once.
+_FEW, _WEIGHTS, _CYCLES, _SUMMED = 64, 2**22, 3 * 2**12, 2**14
+# Cycles of a step in which a core that waits for weights does not unpack: bookkeeping, the first load, the last sums.
+_IDLE = 300
 
 
-def _check(product: product_lib.Product, device: product_lib.Device):
+def _power(size: int) -> int:
+  """The largest power of two up to `size`, not less than a register's lanes and not more than 2048."""
+  return min(2048, max(_LANES, 1 << (size.bit_length() - 1)) if size else _LANES)
+
+
+def _streamed(product: product_lib.Product, chip: _Chip, most: int) -> int:
+  """Outputs of a block, up to `most`, where reading weights takes longest.
+
+  Every step adds its idle cycles, and the first fetch, behind which nothing is hidden, grows with the block.
+  """
+  bytes_per_output = product.inputs * product.bits / 8 + product.inputs / product.group * 8
+  idle = _IDLE * chip.bytes / bytes_per_output
+  time = lambda size: pl.cdiv(product.outputs, size) * (size + idle) + size
+  return min(range(_LANES, most + 1, _LANES), key=time)
+
+
+def _check(product: product_lib.Product, device: product_lib.Device) -> _Chip:
+  """The chip; Refused for what it does not compile in any blocks."""
   if device.platform != 'tpu':
     raise Refused(f"its kernels are for TPUs and this is {device.kind or device.platform!r}; take impl='xla'.")
   if product.dtype not in ('bfloat16', 'float32'):
@@ -128,6 +154,12 @@ def _check(product: product_lib.Product, device: product_lib.Device):
     )
   if product.levels != 'integer' and product.bits != 4:
     raise Refused(f"it looks up codebooks of 4 bits and {product.levels} has {product.bits}; take impl='xla'.")
+  chip = _Chip.of(device)
+  if max(qtensor.PLANES[product.bits]) < chip.narrowest:
+    raise Refused(
+      f"{device.kind} unpacks no vectors of {max(qtensor.PLANES[product.bits])} bits; use 4 or 8, or take impl='xla'."
+    )
+  return chip
 
 
 def _after(product: product_lib.Product, blocks: Blocks) -> bool:
@@ -199,7 +231,7 @@ def _bytes(product: product_lib.Product, blocks: Blocks) -> int:
   size = 4 if product.dtype == 'float32' else 2
   streamed = (rows * inputs + rows * outputs) * size + inputs * outputs * product.bits // 8
   streamed += 2 * groups * outputs * 4 + 4 * rows * groups * 2
-  made = inputs * outputs * (4 + size) + 2 * rows * max(inputs, outputs) * 4
+  made = inputs * outputs * (4 + size) + 2 * rows * (inputs if product.transposed else outputs) * 4
   return 2 * streamed + made
 
 
@@ -208,12 +240,10 @@ def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False
   *leading, inputs = x.shape
   outputs, groups = w.shape[-1], w.groups
   bm, bk, bn = blocks.rows, blocks.inputs, blocks.outputs
-  x = x.reshape(-1, inputs)
-  given = x.shape[0]
-  x = jnp.pad(x, ((0, max(0, bm - given)), (0, 0)))
+  x, given = _at_least(bm, x.reshape(-1, inputs))
   rows = x.shape[0]
   grid = (pl.cdiv(rows, bm), pl.cdiv(outputs, bn), inputs // bk)
-  layers, planes, scale = _stacks(w)
+  layers, planes, scale = _stacks(w, interpret)
   operands = [_in_memory(x, interpret), *planes, scale]
   specs = [pl.BlockSpec((bm, bk), lambda i, j, k, layers: (i, k))]
   for plane in planes:
@@ -250,13 +280,13 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
   """dy [..., O] @ dense(w).T -> [..., I] in out_dtype."""
   *leading, outputs = dy.shape
   inputs, groups = w.shape[-2], w.groups
-  rows = math.prod(leading)
   bm, bk, bn = blocks.rows, blocks.inputs, blocks.outputs
+  dy, given = _at_least(bm, dy.reshape(-1, outputs))
+  rows = dy.shape[0]
   grid = (pl.cdiv(rows, bm), inputs // bk, pl.cdiv(outputs, bn))
-  layers, planes, scale = _stacks(w)
+  layers, planes, scale = _stacks(w, interpret)
   own = _groups(bk, w.group)
   whole = own % _SUBLANES != 0 or bk % w.group != 0
-  dy = dy.reshape(rows, outputs)
   operands = [_in_memory(dy, interpret), *planes, scale]
   specs = [pl.BlockSpec((bm, bn), lambda i, k, j, layers: (i, j))]
   for plane in planes:
@@ -289,7 +319,7 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
     interpret=interpret,
     name='qmatmul_transpose',
   )(layers, *operands)
-  return dx.reshape(*leading, inputs)
+  return dx[:given].reshape(*leading, inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,22 +340,31 @@ class _Form:
     return len(qtensor.PLANES[self.bits])
 
 
+def _at_least(rows: int, x):
+  """x with rows of 0 behind it up to `rows`, and how many it had: Mosaic does not repeat a block's first row alone."""
+  return jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, 0))), x.shape[0]
+
+
 def _parameters(blocks: Blocks):
   semantics = ('parallel', 'parallel', 'arbitrary')
   return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=blocks.vmem)
 
 
-def _stacks(w: qtensor.QTensor):
+def _stacks(w: qtensor.QTensor, interpret: bool):
   """The indices of w's layer in the stacks of its planes and of its scales, and those stacks."""
   layer = jnp.zeros((), jnp.int32) if w.layer is None else w.layer.astype(jnp.int32)
   stack = (lambda leaf: leaf[None]) if w.layer is None else (lambda leaf: leaf)
-  if getattr(w.scale, 'dtype', None) == jnp.float32:
-    return jnp.stack([layer, layer]), [stack(plane) for plane in w.planes], stack(w.scale)
-  return jnp.stack([layer, jnp.zeros_like(layer)]), [stack(plane) for plane in w.planes], qtensor.scales(w)[None]
+  planes = [stack(plane) for plane in w.planes]
+  if interpret:
+    # XLA on CPU computes the narrow integers of constant words ahead of time, and wrongly: it may not see them.
+    planes = jax.lax.optimization_barrier(planes)
+  if isinstance(w.scale, jax.Array) and w.scale.dtype == jnp.float32:
+    return jnp.stack([layer, layer]), planes, stack(w.scale)
+  return jnp.stack([layer, jnp.zeros_like(layer)]), planes, qtensor.scales(w)[None]
 
 
-def _in_memory(x, interpret):
-  """x in HBM, where blocks are fetched from while others are used; from VMEM they would be copied between two steps."""
+def _in_memory(x, interpret: bool):
+  """x in HBM, whence blocks are fetched while others are used; out of VMEM they would be copied between two steps."""
   return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
@@ -355,11 +394,16 @@ def _by_group(dy, offset):
 
 
 def _pieces(value, count: int):
-  """float32 as a sum of `count` bfloat16, each 8 bits of what is left: three are exact."""
+  """float32 as a sum of `count` bfloat16, each 8 bits of what the ones before it leave: three are exact.
+
+  Rounded in the bits: XLA takes a conversion to bfloat16 and back for nothing and would leave the others 0.
+  """
   pieces = []
   for _ in range(count):
-    pieces.append(value.astype(jnp.bfloat16))
-    value = value - pieces[-1].astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((bits + jnp.uint32(2**15)) & jnp.uint32(0xFFFF0000), jnp.float32)
+    pieces.append(rounded.astype(jnp.bfloat16))
+    value = value - rounded
   return pieces
 
 
@@ -372,8 +416,8 @@ def _pooled_pieces(pooled):
 def _offset_pieces(offset):
   """[4 L, O], with which the MXU multiplies float32 pooled @ offset in bfloat16.
 
-  (p0 + p1) @ (b0 + b1 + b2) without p1 @ (b1 + b2): exact in the offset to the last bit where p0 meets it, and to
-  2^-17 of pooled * offset in all.  A third of the passes of a whole float32 product are saved.
+  (p0 + p1) @ (b0 + b1 + b2) without p1 @ (b1 + b2): to 2^-15 of |pooled| @ |offset|, and to 2^-8 of itself for any
+  change of an offset however small, since p0 meets every bit of it.  Of the six passes of a float32 product it is four.
   """
   first, second, third = _pieces(offset, 3)
   return jnp.concatenate([first, second, third, first])
@@ -555,5 +599,6 @@ def _spread(by_group, inputs: int):
   column, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 0))
   own = jax.lax.div(column, inputs // groups) == row
   ones = own.astype(jnp.bfloat16)
+  # All pieces in one pass: they do not overlap, so that their sum is exact in any order.
   pieces = jnp.concatenate(_pieces(by_group, 3), axis=1)
   return jnp.dot(pieces, jnp.concatenate([ones] * 3), preferred_element_type=jnp.float32)
