@@ -67,6 +67,7 @@ def by_half(function):
 
 MEANING = {
   'mov.b32': lambda a: a,
+  'mov.u32': lambda a: a,
   'and.b32': lambda a, b: a & b,
   'or.b32': lambda a, b: a | b,
   'xor.b32': lambda a, b: a ^ b,
@@ -89,7 +90,7 @@ def executed(ptx):
   loads that it comes of), and None where it comes of anything else, such as an address.
   """
   loop = main_loop(ptx)
-  rng, loaded, products, held = np.random.default_rng(0), [], [], {}
+  rng, loaded, products, held = np.random.default_rng(0), [], [], {'%ctaid.x': (0, frozenset())}
   for name, constant in re.findall(r'mov\.b32\s+(%r\d+), (-?\d+);', ptx[: ptx.index('wgmma.mma_async')]):
     held[name] = (int(constant) & 0xFFFFFFFF, frozenset())
   floats = {name for line in loop if '.f32 ' in line for name in re.findall(r'%r\d+', line)}
