@@ -25,9 +25,11 @@ from qalora_jax.quant import qtensor
 
 H100 = product.Device('gpu', 'NVIDIA H100 80GB HBM3')
 # A kernel is compiled here to run once or twice.
+
 quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
+@functools.partial(quick, static_argnums=range(7), static_argnames=('seed', 'scale', 'leading'))
 def matrix(form, inputs, outputs, group, seed=0, scale='float32', leading=()):
   """A random matrix; `form` is a number of bits of integer codes, 'nf4' or 'fp4'."""
   bits, levels = (form, 'integer') if isinstance(form, int) else (4, form)
@@ -40,6 +42,7 @@ def matrix(form, inputs, outputs, group, seed=0, scale='float32', leading=()):
   return qtensor.QTensor(qtensor.pack(codes, bits), scales, offsets, bits=bits, group=group, levels=levels)
 
 
+@functools.partial(quick, static_argnums=range(4), static_argnames='seed')
 def rows_of(rows, inputs, dtype, seed=1):
   return (jax.random.normal(jax.random.key(seed), (rows, inputs)) + 0.5).astype(dtype)
 
@@ -54,6 +57,11 @@ def _sums(x, w, blocks):
   return triton.forward(x, w, blocks, out_dtype=jnp.float32, interpret=True)
 
 
+@quick
+def _parts(w):
+  return qtensor.scaled(w), qtensor.offsets(w)
+
+
 def check(got, x, w):
   """`got` is x @ dense(w) in float64, but for each scaled level rounded to x's dtype and float32 sums.
 
@@ -61,8 +69,8 @@ def check(got, x, w):
   6 * u / sqrt(3) * sqrt(sum (x * level * scale)^2).  Float32 sums of I terms err by 4 * sqrt(I) * 2^-23 of the largest
   sum of magnitudes (laws_test.py).
   """
-  scaled = np.asarray(qtensor.scaled(w), np.float64)
-  offset = np.repeat(np.asarray(qtensor.offsets(w), np.float64), w.group, axis=0)
+  scaled, offset = (np.asarray(part, np.float64) for part in _parts(w))
+  offset = np.repeat(offset, w.group, axis=0)
   u = 0 if x.dtype == jnp.float32 else float(jnp.finfo(x.dtype).eps) / 2
   x = np.asarray(x, np.float64)
   magnitudes = np.abs(x) @ (np.abs(scaled) + np.abs(offset))
@@ -112,6 +120,7 @@ def test_values_and_gradients_of_qmatmul(form, dtype):
     y, pull = jax.vjp(lambda x, offset: qmatmul.qmatmul(x, w.replace(offset=offset), impl), x, w.offset)
     return y, *pull(dy)
 
+  through = quick(through, static_argnums=0)
   for got, want in zip(through('triton_interpreted'), through('reference'), strict=True):
     assert got.dtype == want.dtype and got.shape == want.shape
     got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
