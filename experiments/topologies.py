@@ -43,21 +43,19 @@ def installed() -> bool:
   return importlib.util.find_spec('libtpu') is not None
 
 
-@functools.cache
 def chip(name: str) -> jax.sharding.Mesh:
-  """The mesh ('one',) of a single chip, one of CHIPS or H100; RuntimeError without its compiler."""
-  if name == H100:
-    form = {'topology_name': '1x1x1', 'topology': '1x1x1', 'target_config': _H100.read_text()}
-    try:
-      described = topologies.get_topology_desc(platform='cuda', **form)
-    except Exception as error:  # The plugin is missing: jax has no error of its own for that.
-      raise RuntimeError("compiling for NVIDIA's chips takes the extra aot-gpu: make test-aot-gpu.") from error
-    return jax.sharding.Mesh(np.array(described.devices), ('one',))
+  """The mesh ('one',) of a single chip of CHIPS; RuntimeError without libtpu."""
+  return pod(CHIPS[name], one=1)
+
+
+@functools.cache
+def pod(topology: str, **axes: int) -> jax.sharding.Mesh:
+  """A mesh of the chips of a topology, its axes by name and size: pod('v5e:2x2', data=2, tensor=2)."""
   if not installed():
     raise RuntimeError("compiling for TPUs takes libtpu: pip install 'qalora_jax[aot-tpu]' (Linux on x86-64).")
   with _environment(_ALONE):
-    described = topologies.get_topology_desc(platform='tpu', topology_name=CHIPS[name])
-  return jax.sharding.Mesh(np.array(described.devices[:1]), ('one',))
+    described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
+  return jax.sharding.Mesh(np.array(described.devices).reshape(tuple(axes.values())), tuple(axes))
 
 
 def compiled(function, *arguments, **options) -> jax.stages.Compiled:

@@ -13,8 +13,12 @@ waited for; the last dump folds them away, this counts them):
     bound    the larger of mxu and of what memory takes if everything is moved once
     reached  bound over the larger of cycles and hbm: 1 is the machine's limit
 
-What no schedule shows: waiting for memory inside a step, the first fetch and the last write, clocks under load, and
-the pooling and padding around the kernels.  So it is a lower bound of the time, good for comparing blocks.
+Offsets count as overhead: forward, the MXU multiplies them in four pieces of bfloat16 (4 / group of its work, an eighth
+in groups of 32); backward, a pass of it spreads what was multiplied before.
+
+What no schedule shows: waiting for memory inside a step, the first fetch (one more hbm) and the last write, fetching
+instructions, clocks under load, and what XLA does around the kernels (pooling, padding, the backward pass's product
+with offsets).  So it is a lower bound of the time, good for comparing blocks.
 Writes experiments/results/tpu_static.{json,md} unless WORDs or a chip were given.
 """
 

@@ -221,5 +221,28 @@ def test_a_model_multiplies_by_kernels_alone():
     assert copied(text, matrices) == []
 
 
+@pytest.mark.parametrize('split', [{'outputs': 'tensor'}, {'inputs': 'tensor'}], ids=['columns', 'rows'])
+def test_every_device_of_a_mesh_runs_the_kernel_on_its_part(split):
+  """Two of four chips share the rows, two the weights; what a sum over inputs gives is added over the two."""
+  w = abstract(qtensor.Form(4, GROUP), (512, 512)).replace(split=qtensor.Split(('data',), **split))
+  mesh = topologies.pod('v5e:2x2', data=2, tensor=2)
+  place = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+  )
+  w = jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype, split.get('inputs'), split.get('outputs')), w)
+  with jax.set_mesh(mesh):
+    x = place((32, 512), jnp.bfloat16, 'data', split.get('inputs'))
+    text = topologies.compiled(qmatmul.qmatmul, x, w).as_text()
+  (call,) = re.findall(r'= bf16\[(\d+,\d+)\]|= f32\[(\d+,\d+)\]', ''.join(custom_calls(text)))
+  assert call == (('16,256', '') if 'outputs' in split else ('', '16,512'))
+  assert ('all-reduce' in text) == ('inputs' in split)
+  assert 'all-gather' not in text
+
+
+def custom_calls(text: str) -> list[str]:
+  """The kernels' lines of a compiled program, up to the call."""
+  return re.findall(r'%qmatmul_\w+(?:\.\d+)? = [^\n]*?custom-call\(', text)
+
+
 def is_quantized(leaf) -> bool:
   return isinstance(leaf, qtensor.QTensor)
