@@ -25,6 +25,8 @@ Writes PATH.{json,md}, experiments/results/bench_step-DEVICE by default.
 """
 
 import argparse
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -71,7 +73,7 @@ class Size:
   rounds: int
 
 
-SIZES = {'cpu': Size(2, 1024, 2, 256, 7), 'gpu': Size(4, WIDTH, 4, 2048, 30), 'tpu': Size(2, WIDTH, 1, 2048, 30)}
+SIZES = {'cpu': Size(2, 1024, 2, 256, 7), 'gpu': Size(4, WIDTH, 16, 512, 30), 'tpu': Size(2, WIDTH, 4, 512, 30)}
 
 
 def schemes(rank: int, dtype) -> dict[str, linear.Scheme]:
@@ -138,7 +140,7 @@ def step(model: llama.Llama):
 def held(compiled, frozen, params) -> dict:
   """A row of what a compiled step holds."""
   memory = compiled.memory_analysis()
-  megabytes = lambda count: round(count / 2**20, 2)
+  megabytes = lambda count: round(count / 2**20, 3)
   return {
     'weights_MiB': megabytes(quant.stored_bytes(frozen)),
     'trained': adapters.count(params),
@@ -176,11 +178,10 @@ def abstract_step(size: Size, dtype, remat: str, scheme: linear.Scheme, compile_
   return held(compile_(step(model), state, frozen, tokens), frozen, params)
 
 
-def memory(size: Size, dtype, rank: int, compile_) -> list[dict]:
-  """What a step holds, and its temporaries for every further layer, by method and remat."""
-  rows = []
+def memory(size: Size, dtype, rank: int, compile_) -> Iterator[dict]:
+  """A row for every method and remat: what a step holds, and its temporaries for every further layer."""
   for remat in ('none', 'full'):
-    for name in (LORA, QLORA, QALORA[4]):
+    for name in (QLORA, QALORA[4], LORA):
       scheme = schemes(rank, dtype)[name]
       few, many = (
         abstract_step(dataclasses.replace(size, layers=layers), dtype, remat, scheme, compile_)
@@ -188,10 +189,7 @@ def memory(size: Size, dtype, rank: int, compile_) -> list[dict]:
       )
       grown = (many['temporaries_MiB'] - few['temporaries_MiB']) / (MANY - FEW)
       per_token = grown * 2**10 / (size.rows * size.window)
-      row = {'method': name, 'remat': remat, 'layers': MANY, **many, 'layer_MiB': grown, 'layer_KiB_a_token': per_token}
-      rows.append(row)
-      print(row, flush=True)
-  return rows
+      yield {'method': name, 'remat': remat, 'layers': MANY, **many, 'layer_MiB': grown, 'layer_KiB_a_token': per_token}
 
 
 def timed(size: Size, dtype, rank: int, remat: str, peak: float) -> list[dict]:
@@ -261,18 +259,24 @@ def main(words: list[str] | None = None) -> None:
   dtype = jnp.float32 if device.platform == 'cpu' and not asked.compile_for else jnp.bfloat16
   more = {'size': dataclasses.asdict(size), 'rank': asked.rank, 'dtype': jnp.dtype(dtype).name}
   if asked.compile_for:
+    mesh, tables = topologies.chip(asked.compile_for), {}
     compile_ = functools.partial(topologies.compiled, donate_argnums=0)
-    with jax.set_mesh(topologies.chip(asked.compile_for)):
-      tables = {'memory': memory(size, dtype, asked.rank, compile_)}
+    name = f'compiled-{asked.compile_for}'
   else:
-    limit = bench_qmatmul.limits(bench_qmatmul.SCALES[device.platform])
-    rows = timed(size, dtype, asked.rank, asked.remat, limit['flops_per_second'])
-    compile_ = lambda f, *shapes: jax.jit(f, donate_argnums=0).lower(*shapes).compile()
+    mesh, limit = None, bench_qmatmul.limits(bench_qmatmul.SCALES[device.platform])
+    tables = {'time': timed(size, dtype, asked.rank, asked.remat, limit['flops_per_second'])}
     stats = jax.local_devices()[0].memory_stats() or {}
     more |= {'remat': asked.remat, **limit, 'device_peak_bytes': stats.get('peak_bytes_in_use')}
-    tables = {'time': rows, 'memory': memory(size, dtype, asked.rank, compile_)}
-  name = f'compiled-{asked.compile_for}' if asked.compile_for else re.sub('[^a-z0-9]+', '-', device.kind.lower())
-  publish(asked.out or bench_qmatmul.RESULTS / f'bench_step-{name}', tables, more)
+    compile_ = lambda f, *shapes: jax.jit(f, donate_argnums=0).lower(*shapes).compile()
+    name = re.sub('[^a-z0-9]+', '-', device.kind.lower())
+  place = asked.out or bench_qmatmul.RESULTS / f'bench_step-{name}'
+  tables['memory'] = []
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    for row in memory(size, dtype, asked.rank, compile_):
+      print(row, flush=True)
+      tables['memory'].append(row)
+      publish(place, tables, more)
+  print(place.with_name(place.name + '.md').read_text())
 
 
 def publish(place: pathlib.Path, tables: dict[str, list[dict]], more: dict) -> None:
@@ -285,7 +289,6 @@ def publish(place: pathlib.Path, tables: dict[str, list[dict]], more: dict) -> N
   parts = [f'`{content["command"]}`, commit {content["commit"]}, {content["date"]}, {content["machine"]}; {more}\n']
   parts += [report.markdown(found) for found in tables.values()]
   place.with_name(place.name + '.md').write_text('\n'.join(parts))
-  print('\n'.join(parts))
 
 
 if __name__ == '__main__':

@@ -20,7 +20,8 @@ import jax
 from jax.experimental import topologies
 import numpy as np
 
-CHIPS = {'v5e': 'v5e:1x1', 'v6e': 'v6e:1x1', 'v5p': 'v5p:1x1x1'}
+# The smallest topologies that every libtpu knows; one of their chips is taken.
+CHIPS = {'v5e': 'v5e:2x2', 'v6e': 'v6e:2x2', 'v5p': 'v5p:2x2x1'}
 H100 = 'h100'
 # The chip as XLA describes it.
 _H100 = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'aot_gpu' / 'h100.txtpb'
@@ -30,7 +31,7 @@ _H100 = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'aot_gpu' / 'h10
 _ALONE = {
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TPU_SKIP_MDS_QUERY': '1',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'TPU_WORKER_ID': '0',
   'TPU_LOG_DIR': 'disabled',

@@ -123,5 +123,5 @@ def test_flops_are_those_of_the_matrices_and_of_attention():
   matrices = 3 * (4 * 128 * 128 + 3 * 128 * 320) + 256 * 128
   assert bench_step.flops(config, rows=2, window=8) == 16 * (4 * matrices + 3 * 12 * 8 * 128)
   assert bench_step.config(dataclasses.replace(bench_step.SIZES['gpu'], layers=2), jnp.bfloat16, 'none') == (
-    llama.ModelConfig(256, 4096, 11008, 2, 32, 32, max_position_embeddings=2048, dtype=jnp.bfloat16)
+    llama.ModelConfig(256, 4096, 11008, 2, 32, 32, max_position_embeddings=512, dtype=jnp.bfloat16)
   )

@@ -19,11 +19,20 @@ from qalora_jax.kernels import mosaic_gpu
 from qalora_jax.kernels import plan
 from qalora_jax.kernels import product
 from qalora_jax.kernels import qmatmul
+from qalora_jax.quant import double
 from qalora_jax.quant import qtensor
 
 H100 = product.Device('gpu', 'NVIDIA H100 80GB HBM3')
 IMPL = 'mosaic_gpu_interpreted'
 interpreted = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='Pallas Mosaic GPU is used from jax 0.11 on')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _compiled_plainly():
+  """An interpreted kernel runs once: compiling it well would take longer than running it."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture
@@ -144,9 +153,12 @@ def test_what_is_not_finite_reaches_y():
 
 
 @interpreted
-def test_in_a_stack():
+@pytest.mark.parametrize('doubled', [False, True])
+def test_in_a_stack(doubled):
   """Matrix 1 of three, its index traced, by rows with leading axes."""
   stack, x = matrix(4, 128, 256, 64, leading=(3,)), rows(6, 256).reshape(2, 3, 256)
+  if doubled:
+    stack = stack.replace(scale=jax.vmap(double.compress)(stack.scale))
   y = jax.jit(lambda layer: qmatmul.qmatmul(x, qtensor.in_stack(stack, layer), IMPL))(1)
   assert y.shape == (2, 3, 64)
   close(y.reshape(6, 64), x.reshape(6, 256), jax.tree.map(lambda leaf: leaf[1], stack))

@@ -5,7 +5,7 @@ The canonical planes are read as they lie, whole stacks too; no second layout of
 
     acc [64 outputs, rows] += fragments(words, scale) [64, 256]  @  x.T [256, rows]        wgmma, float32 sums
 
-* Words come to shared memory as [8 units, outputs], 8 units of 32 inputs (see `fragments`), and are read from there
+* Words come to shared memory as [8 units, outputs], a unit being 32 inputs (see `fragments`), and are read from there
   across, [outputs, units], without bank conflicts: the 128-byte swizzle spreads the four rows that a warp reads.
 * The codes times their scales, rounded once to bfloat16, are A, in registers; x, put into the fragments' order by
   XLA beforehand (`arrange`), is B, in shared memory.
@@ -44,9 +44,10 @@ _SHARED = 227 * 1024 - 2048
 _MULTIPROCESSORS = 132
 # A multiprocessor's cycle: bytes from HBM and from the L2 cache, and products of the tensor cores.
 _HBM, _L2, _PRODUCTS = 20, 40, 2048
-# And instructions of a lane, by the warpgroups that hide each other's latencies; what a weight takes of them, by bits.
+# And instructions of a lane, by the warpgroups that hide each other's latencies; what a weight takes of them, by bits:
+# counted in the code that ptxas makes of the loop.
 _LANES = {1: 50, 2: 85, 4: 110}
-_INSTRUCTIONS = {8: 4.0, 4: 3.5, 3: 4.5, 2: 3.3}
+_INSTRUCTIONS = {8: 4.4, 4: 3.9, 3: 5.3, 2: 3.9}
 # Cycles until a program's first words arrive.
 _LATENCY = 2000
 
@@ -187,10 +188,10 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
 
   def kernel(*refs):
     given = dict(zip((*operands, 'y', 'through'), refs, strict=False))
-    own = jax.lax.axis_index('warpgroup')
-    mine, ours = pl.ds(64 * own, 64), pl.ds(outputs * jax.lax.axis_index('outputs'), outputs)
-    split, those = jax.lax.axis_index('split'), pl.ds(blocks.rows * jax.lax.axis_index('rows'), blocks.rows)
-    first = split * blocks.steps
+    own, split = jax.lax.axis_index('warpgroup'), jax.lax.axis_index('split')
+    # Columns of the stage that are this warpgroup's, the program's outputs and rows, and its first block of inputs.
+    mine, at_output, first = pl.ds(64 * own, 64), outputs * jax.lax.axis_index('outputs'), split * blocks.steps
+    ours, those = pl.ds(at_output, outputs), pl.ds(blocks.rows * jax.lax.axis_index('rows'), blocks.rows)
     layer = (given['layer'][0],) if 'layer' in given else ()
     through = given['through'].at[own] if interpret else None
 
@@ -244,7 +245,7 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
       def _(sums):
         run(sums)
         y = sums[...] if interpret else _one_by_one(plgpu, across, sums[...])
-        there = given['y'].at[split, those, pl.ds(outputs * jax.lax.axis_index('outputs') + 64 * own, 64)]
+        there = given['y'].at[split, those, pl.ds(at_output + 64 * own, 64)]
         # Eight neighbouring outputs of a row, a sector of 32 bytes, are written at once.
         _store(plgpu, there.T, y.astype(given['y'].dtype))
 
@@ -270,7 +271,8 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
     pipeline = plgpu.emit_pipeline_warp_specialized(
       block,
       grid=(blocks.steps if whole else jnp.minimum(blocks.steps, of_blocks - first),),
-      memory_registers=40,
+      # As many as issuing a stage's copies takes; with fewer they would be spilled.
+      memory_registers=80,
       in_specs=specs,
       wg_axis='warpgroup',
       num_compute_wgs=warpgroups,
@@ -279,12 +281,12 @@ def _multiply(operands: dict, blocks: Blocks, bits: int, levels: str, group: int
     )
     pipeline(*(part for part, *_ in sources.values()))
 
-  stack_shape = (blocks.splits, rows, operands['scale'].shape[-1])
+  shape = (blocks.splits, rows, operands['scale'].shape[-1])
   scratch = plgpu.SMEM((warpgroups, 64, fragments.CHUNK), jnp.bfloat16, transforms=_swizzled(plgpu, jnp.bfloat16))
   call = plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct(stack_shape, out_dtype if blocks.splits == 1 else jnp.float32),
-    grid=(blocks.splits, stack_shape[-1] // outputs, rows // blocks.rows),
+    out_type=jax.ShapeDtypeStruct(shape, out_dtype if blocks.splits == 1 else jnp.float32),
+    grid=(blocks.splits, shape[-1] // outputs, rows // blocks.rows),
     grid_names=('split', 'outputs', 'rows'),
     num_threads=warpgroups + 1,
     thread_name='warpgroup',
@@ -376,6 +378,7 @@ class _Registers:
     self._arith, self._llvm = arith, llvm
     self._word, self._float = ir.IntegerType.get_signless(32), ir.F32Type.get()
     self._pair = ir.VectorType.get((2,), ir.BF16Type.get())
+    self._zero = self.right(self._assembled(self._word, 'mov.u32 $0, %ctaid.x;', '=r'), 30)
 
   def _value(self, a):
     return self._arith.constant(self._word, a - (a >> 31 << 32)) if isinstance(a, int) else a
@@ -389,11 +392,19 @@ class _Registers:
   def both(self, a, bits):
     return self._arith.andi(a, self._value(bits))
 
+  def _kept(self, a):
+    """A constant that stays in its register.
+
+    An instruction has place for one constant; ptxas would move a second into a register before each of them, an
+    instruction more for two weights.  It cannot know that no grid has 2^30 programs.
+    """
+    return self._arith.ori(self._zero, self._value(a)) if isinstance(a, int) else a
+
   def either(self, a, b):
-    return self._arith.ori(a, self._value(b))
+    return self._arith.ori(a, self._kept(b))
 
   def differ(self, a, b):
-    return self._arith.xori(a, self._value(b))
+    return self._arith.xori(a, self._kept(b))
 
   def left(self, a, n):
     return self._arith.shli(a, self._value(n)) if n else a
@@ -402,9 +413,8 @@ class _Registers:
     return self._arith.shrui(a, self._value(n)) if n else a
 
   def permute(self, a, b, selector):
-    return self._assembled(
-      self._word, 'prmt.b32 $0, $1, $2, $3;', '=r,r,r,r', *(self._value(value) for value in (a, b, selector))
-    )
+    code, constraints = 'prmt.b32 $0, $1, $2, $3;', '=r,r,r,r'
+    return self._assembled(self._word, code, constraints, self._kept(a), self._kept(b), self._value(selector))
 
   def pack(self, low, high):
     return self._assembled(self._word, 'cvt.rn.bf16x2.f32 $0, $1, $2;', '=r,f,f', high, low)

@@ -25,12 +25,13 @@ _MOSAIC.mkdir()
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_dump_to={_XLA} --xla_dump_emitter_re=ptx'
 os.environ['MOSAIC_GPU_DUMP_TO'] = str(_MOSAIC)
 
-# The chip as XLA describes it, from its published facts; others are told by what differs.
+# The chip as XLA describes it, from its published facts.
 _H100 = (pathlib.Path(__file__).parent / 'h100.txtpb').read_text()
-_B200 = {
-  'major: 9\n    minor: 0': 'major: 10\n    minor: 0',
-  'NVIDIA H100 80GB HBM3': 'NVIDIA B200',
-  'core_count: 132': 'core_count: 148',
+# Others by what matters here of what differs: compute capability, multiprocessors, shared memory of one and of a block.
+_OTHERS = {
+  'NVIDIA A100-SXM4-80GB': ((8, 0), 108, 164 << 10, 163 << 10),
+  'NVIDIA L4': ((8, 9), 58, 100 << 10, 99 << 10),
+  'NVIDIA B200': ((10, 0), 148, 228 << 10, 227 << 10),
 }
 
 
@@ -131,13 +132,33 @@ def h100() -> Chip:
   return _chips(_H100)
 
 
+def _other(name: str) -> Chip:
+  (major, minor), cores, shared, of_block = _OTHERS[name]
+  changes = {
+    r'(device_description_str: ).*': f'"{name}"',
+    r'(major: )9(?=\s+minor: 0\s+}\s+core_count)': str(major),
+    r'(major: \d+\s+minor: )0(?=\s+}\s+core_count)': str(minor),
+    r'(core_count: )\d+': str(cores),
+    r'(shared_memory_per_core: )\d+': str(shared),
+    r'(shared_memory_per_block_optin: )\d+': str(of_block),
+  }
+  description = _H100
+  for pattern, value in changes.items():
+    description, count = re.subn(pattern, rf'\g<1>{value}', description)
+    assert count == 1, pattern
+  return _chips(description)
+
+
 @pytest.fixture(scope='session')
 def b200() -> Chip:
-  """A Blackwell chip; of its description only name, compute capability and number of cores are its own."""
-  description = _H100
-  for ours, theirs in _B200.items():
-    description = description.replace(ours, theirs)
-  return _chips(description)
+  """A chip of the generation after an H100's."""
+  return _other('NVIDIA B200')
+
+
+@pytest.fixture(scope='session', params=_OTHERS)
+def other(request) -> Chip:
+  """Chips of the generations before and after an H100's."""
+  return _other(request.param)
 
 
 @pytest.fixture(scope='session', autouse=True)
