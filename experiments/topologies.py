@@ -50,12 +50,13 @@ def chip(name: str) -> jax.sharding.Mesh:
 
 @functools.cache
 def pod(topology: str, **axes: int) -> jax.sharding.Mesh:
-  """A mesh of the chips of a topology, its axes by name and size: pod('v5e:2x2', data=2, tensor=2)."""
+  """A mesh of the first chips of a topology, its axes by name and size: pod('v5e:2x2', data=2, tensor=2)."""
   if not installed():
     raise RuntimeError("compiling for TPUs takes libtpu: pip install 'qalora_jax[aot-tpu]' (Linux on x86-64).")
   with _environment(_ALONE):
     described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
-  return jax.sharding.Mesh(np.array(described.devices).reshape(tuple(axes.values())), tuple(axes))
+  chips = np.array(described.devices[: math.prod(axes.values())])
+  return jax.sharding.Mesh(chips.reshape(tuple(axes.values())), tuple(axes))
 
 
 def compiled(function, *arguments, **options) -> jax.stages.Compiled:
