@@ -58,7 +58,8 @@ from qalora_jax.quant import float4
 WIDTH, MLP, HEAD, VOCABULARY, GROUP, ALPHA, RATE = 4096, 11008, 128, 256, 32, 16.0, 1e-3
 LORA, QLORA = 'LoRA, dense', 'QLoRA, NF4'
 QALORA = {bits: f'QA-LoRA, {bits} bits' for bits in (4, 3, 2)}
-# The layers whose temporaries are compared, for what one more of them takes.
+# Whose memory is compared, at which remat, and of how many layers, for what one more of them takes.
+COMPARED, REMATS = (QLORA, QALORA[4], LORA), ('none', 'full')
 FEW, MANY = 2, 4
 
 
@@ -180,8 +181,8 @@ def abstract_step(size: Size, dtype, remat: str, scheme: linear.Scheme, compile_
 
 def memory(size: Size, dtype, rank: int, compile_) -> Iterator[dict]:
   """A row for every method and remat: what a step holds, and its temporaries for every further layer."""
-  for remat in ('none', 'full'):
-    for name in (QLORA, QALORA[4], LORA):
+  for remat in REMATS:
+    for name in COMPARED:
       scheme = schemes(rank, dtype)[name]
       few, many = (
         abstract_step(dataclasses.replace(size, layers=layers), dtype, remat, scheme, compile_)
