@@ -75,7 +75,7 @@ def over(mesh: jax.sharding.Mesh | None, function: Callable) -> Callable:
   """`function`, traced for `mesh`: its products with quantized matrices run on that mesh's devices, divided by RULES.
 
   To be given to jit, beneath it: XLA divides everything else by itself, but what kernels compute it cannot.
-  None: a single device, and `function` as it is.
+  None: nobody knows where, and `function` as it is: XLA makes its products.
   """
   if mesh is None:
     return function
@@ -89,10 +89,13 @@ def over(mesh: jax.sharding.Mesh | None, function: Callable) -> Callable:
 
 
 def mesh_of(tree) -> jax.sharding.Mesh | None:
-  """The mesh over which a tree of arrays lies; None for arrays that lie on one device."""
-  leaf = next(iter(jax.tree.leaves(tree)), None)
-  at = getattr(leaf, 'sharding', None)
-  return at.mesh if isinstance(at, jax.sharding.NamedSharding) else None
+  """The mesh over which a tree of arrays lies, that of a single device too; None where there is no array in it."""
+  leaf = next((leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)), None)
+  if leaf is None:
+    return None
+  if isinstance(leaf.sharding, jax.sharding.NamedSharding):
+    return leaf.sharding.mesh
+  return make_mesh(devices=sorted(leaf.sharding.device_set, key=lambda device: device.id)[:1])
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

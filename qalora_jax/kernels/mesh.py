@@ -39,7 +39,7 @@ def divide(x, w: qtensor.QTensor) -> Division | None:
   if not sizes:
     # Without a mesh in context arrays may still lie over several devices.
     return Division() if jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty else None
-  if w.split is None:
+  if w.split is None or _explicit(sizes):
     return None
   rows = tuple(axis for axis in w.split.rows if axis in sizes)
   if x.ndim < 2 or x.shape[0] % math.prod(sizes[axis] for axis in rows):
@@ -58,10 +58,19 @@ def run(multiply, x, w: qtensor.QTensor, division: Division, transposed: bool) -
   sizes = _free()
   if not sizes:
     return multiply(x, w, x.dtype)
+  if _explicit(sizes):
+    raise product_lib.Refused(
+      f'kernels divide products over mesh axes of type Auto, and {sorted(_explicit(sizes))} are Explicit; '
+      "make the mesh by `sharding.make_mesh`, or take impl='xla'."
+    )
   if isinstance(w.scale, double.Doubled):
     # A few constants belong to scales of many groups: they are expanded before they are divided.
     own = qtensor.alone(w)
     w = own.replace(scale=qtensor.scales(own))
+  held = {w.split.inputs, w.split.outputs} & set(sizes) if w.split is not None else set()
+  if held - {division.inputs, division.outputs}:
+    # What lies over an axis that does not divide the product is gathered: this layer of a stack, not all of it.
+    w = qtensor.alone(w)
   given, made = division.inputs, division.outputs
   if transposed:
     given, made = made, given
@@ -81,6 +90,15 @@ def run(multiply, x, w: qtensor.QTensor, division: Division, transposed: bool) -
     axis_names={axis for axis in mesh.axis_names if axis not in mesh.manual_axes},
     check_vma=False,
   )(x, w)
+
+
+def _explicit(axes) -> set[str]:
+  """Those of `axes` whose sharding is part of types."""
+  mesh = jax.sharding.get_abstract_mesh()
+  explicit = jax.sharding.AxisType.Explicit
+  return {
+    axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if axis in axes and kind == explicit
+  }
 
 
 def _free() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 An implementation is a module with
 
+    worthwhile(product, device) -> bool                               whether it is asked where nobody names it
     plan(product, device) -> blocks                                   Refused where it cannot, saying why
     forward(x, w, blocks, *, out_dtype, interpret=False) -> y         x [..., I] @ dense(w) in out_dtype
     transpose(dy, w, blocks, *, out_dtype, interpret=False) -> dx     dy [..., O] @ dense(w).T in out_dtype

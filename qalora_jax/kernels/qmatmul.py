@@ -3,14 +3,19 @@
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from qalora_jax.kernels import exact
 from qalora_jax.kernels import mesh
 from qalora_jax.kernels import plan
 from qalora_jax.kernels import product
 from qalora_jax.kernels import reference
 from qalora_jax.quant import latent
 from qalora_jax.quant import qtensor
+
+# The name of every result, for `jax.checkpoint_policies`: a kernel is no dot.
+PRODUCT = 'qmatmul'
 
 
 def qmatmul(x, w, impl: str | None = None) -> jax.Array:
@@ -27,11 +32,12 @@ def qmatmul(x, w, impl: str | None = None) -> jax.Array:
   float32.  Between forward and backward x and w are kept.
 
   `impl`: 'xla', 'tpu', 'mosaic_gpu', 'triton', each of which raises where it cannot run; 'reference' (the
-  specification under plain autodiff); None: what `plan.using` says for a whole model, else `plan.choose` chooses.
+  specification under plain autodiff); None: what `plan.using` says for a whole model, else `plan.choose` chooses.  The
+  environment's QALORA_QMATMUL is what `plan.using` begins with.
 
-  Raises ValueError, at trace time, for shapes that do not meet, planes that are not those of w's bits and inputs,
-  and an `impl` that is unknown or cannot make this product on this device (`product.Refused`, which says why);
-  TypeError for an x that is neither float32, bfloat16 nor float16.
+  Raises ValueError, at trace time, for shapes that do not meet, a stack of matrices, planes that are not those of w's
+  bits and inputs, and an `impl` that is unknown or cannot make this product on this device (`product.Refused`, which
+  says why); TypeError for an x that is neither float32, bfloat16 nor float16.
   """
   # Here, and not where a product is planned: a gradient is traced later, and is the same one's.
   impl = impl or plan.using.value
@@ -39,49 +45,63 @@ def qmatmul(x, w, impl: str | None = None) -> jax.Array:
     raise ValueError(f'qmatmul: x has {x.shape[-1]} inputs, the weight {w.shape[-2]}.')
   trains = isinstance(w, latent.Latent)
   if not trains and not isinstance(w, qtensor.QTensor):
-    return jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    y = jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    return checkpoint_name(y, PRODUCT)
   if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
     raise TypeError(f'qmatmul: x is {x.dtype}; it multiplies float32, bfloat16 and float16.')
   if not trains:
     qtensor.check(w)
+    if len(w.shape) != 2:
+      raise ValueError(
+        f'qmatmul: the weight is a stack {w.shape}; take one matrix (`qtensor.in_stack`) or map over it.'
+      )
   if impl == 'reference':
     return _specified(x, w) if trains else reference.qmatmul(x, w)
-  return _rounded(x, w, impl) if trains else _quantized(x, w, impl)
+  return checkpoint_name(_rounded(x, w, impl) if trains else _quantized(x, w, impl), PRODUCT)
 
 
 def _multiply(x, w, impl, transposed=False):
   """x @ dense(w), or x @ dense(w).T, by whoever `impl` or the plan says."""
+  made, _ = _planned(x, w, impl, transposed)
+  if made.name == 'xla':
+    # XLA divides its own products, and maps them; a kernel is one device's.
+    multiply = made.module.transpose if transposed else made.module.forward
+    return multiply(x, w, made.blocks, out_dtype=x.dtype)
+  return _by_kernel(impl, transposed)(x, w)
+
+
+def _planned(x, w, impl, transposed) -> tuple[plan.Plan, mesh.Division]:
   division = mesh.divide(x, w)
   if division is None:
     # Nobody said how this product is divided: XLA finds out, and a kernel that is asked for by name makes all of it.
     division, impl = mesh.Division(), impl or 'xla'
-  made = plan.choose(division.local(product.Product.of(x, w, transposed)), product.device(), impl)
-  multiply = made.module.transpose if transposed else made.module.forward
-  run = functools.partial(multiply, blocks=made.blocks, interpret=made.interpret)
-  if made.name == 'xla':
-    # XLA divides its own products; a kernel is one device's.
-    return run(x, w, out_dtype=x.dtype)
-
-  def local(x, w, out_dtype):
-    if made.interpret:
-      # On CPU, XLA folds words that are constants into narrow integers wrongly: what is interpreted is no constant.
-      x, w = jax.lax.optimization_barrier((x, w))
-    return _vectorized(functools.partial(run, out_dtype=out_dtype))(x, w)
-
-  return mesh.run(local, x, w, division, transposed)
+  return plan.choose(division.local(product.Product.of(x, w, transposed)), product.device(), impl), division
 
 
-def _vectorized(multiply):
-  """`multiply` with its own vmap: more rows where x alone is mapped, one product after the other where w is."""
-  call = jax.custom_batching.custom_vmap(multiply)
+def _by_kernel(impl, transposed):
+  """The product by a kernel, with a vmap of its own: more rows where x alone is mapped, else one after the other."""
+
+  @jax.custom_batching.custom_vmap
+  def call(x, w):
+    made, division = _planned(x, w, impl, transposed)
+    multiply = made.module.transpose if transposed else made.module.forward
+
+    def local(x, w, out_dtype):
+      if made.interpret:
+        # On CPU, XLA folds words that are constants into narrow integers wrongly: what is interpreted is no constant.
+        x, w = jax.lax.optimization_barrier((x, w))
+      return multiply(x, w, made.blocks, out_dtype=out_dtype, interpret=made.interpret)
+
+    return mesh.run(local, x, w, division, transposed)
 
   @call.def_vmap
-  def _(size, batched, x, w):
-    x_batched, w_batched = batched
-    if x_batched and not any(jax.tree.leaves(w_batched)):
-      return _vectorized(multiply)(x, w), True
-    pick = lambda leaf, batched, at: leaf[at] if batched else leaf
-    one = lambda at: multiply(*jax.tree.map(lambda leaf, b: pick(leaf, b, at), (x, w), (x_batched, w_batched)))
+  def _(size, mapped, x, w):
+    x_mapped, w_mapped = mapped
+    if not any(jax.tree.leaves(w_mapped)):
+      return _multiply(x, w, impl, transposed), True
+    pick = lambda leaf, own, at: leaf[at] if own else leaf
+    own = lambda at: jax.tree.map(lambda leaf, own: pick(leaf, own, at), (x, w), (x_mapped, w_mapped))
+    one = lambda at: _multiply(*own(at), impl, transposed)
     return jax.lax.map(one, jnp.arange(size)), True
 
   return call
@@ -101,8 +121,8 @@ def _gradients(impl, kept, dy):
   dx = _multiply(dy, w, impl, transposed=True)
   if w.offset is None:
     return dx, None
-  rows = dy.reshape(-1, dy.shape[-1]).astype(jnp.float32)
-  doffset = jnp.dot(pooled.reshape(-1, w.groups).T, rows, precision=jax.lax.Precision.HIGHEST)
+  rows = dy.reshape(-1, dy.shape[-1])
+  doffset = exact.dot(pooled.reshape(-1, w.groups).T, rows)
   return dx, w.replace(planes=None, scale=None, layer=None, offset=doffset.astype(w.offset.dtype))
 
 

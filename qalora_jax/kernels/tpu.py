@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
+from qalora_jax.kernels import exact
 from qalora_jax.kernels import product as product_lib
 from qalora_jax.kernels import reference
 from qalora_jax.kernels.product import Refused
@@ -255,7 +256,7 @@ def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False
     specs.append(pl.BlockSpec((1, _LANES), lambda i, j, k, layers: (0, 0)))
   if w.offset is not None:
     pooled = reference.pool(x, groups)
-    pooled = _pooled_pieces(pooled) if x.dtype == jnp.bfloat16 else pooled
+    pooled = exact.of_pooled(pooled) if x.dtype == jnp.bfloat16 else pooled
     operands += [pooled, qtensor.offsets(w)]
     specs.append(pl.BlockSpec((bm, pooled.shape[1]), lambda i, j, k, layers: (i, 0)))
     specs.append(pl.BlockSpec((groups, bn), lambda i, j, k, layers: (0, j)))
@@ -300,7 +301,7 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
     operands.append(_table(w.levels))
     specs.append(pl.BlockSpec((1, _LANES), lambda i, k, j, layers: (0, 0)))
   if w.offset is not None:
-    operands.append(_by_block(_by_group(dy, qtensor.offsets(w)), grid[1], w.group // bk))
+    operands.append(_by_block(exact.dot(dy, qtensor.offsets(w).T), grid[1], w.group // bk))
     specs.append(pl.BlockSpec((None, bm, operands[-1].shape[2]), lambda i, k, j, layers: (k, i, 0)))
   kernel = functools.partial(_transpose, form=_Form.of(w), blocks=blocks, steps=grid[2], outputs=outputs, whole=whole)
   dx = pl.pallas_call(
@@ -382,53 +383,14 @@ def _table(levels: str):
   return jnp.asarray(np.tile(book, _LANES // book.size)[None])
 
 
-def _by_group(dy, offset):
-  """dy [rows, O] @ offset.T -> [rows, L] with float32's accuracy."""
-  if dy.dtype != jnp.bfloat16:
-    return jnp.dot(dy, offset.T, precision=_EXACT)
-  stacked = jnp.concatenate(_pieces(offset, 3))
-  sums = jax.lax.dot_general(dy, stacked, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-  return sum(jnp.split(sums, 3, axis=1))
-
-
 def _by_block(by_group, blocks: int, repeats: int):
   """dy @ offset.T [rows, L] as the pieces of each block's groups: [blocks, rows, 3 * groups of a block].
 
   repeats: blocks of a group, where groups are larger.
   """
   by_group = jnp.repeat(by_group, max(1, repeats), axis=1)
-  pieces = [piece.reshape(piece.shape[0], blocks, -1) for piece in _pieces(by_group, 3)]
+  pieces = [piece.reshape(piece.shape[0], blocks, -1) for piece in exact.pieces(by_group, 3)]
   return jnp.concatenate(pieces, axis=2).swapaxes(0, 1)
-
-
-def _pieces(value, count: int):
-  """float32 as a sum of `count` bfloat16, each 8 bits of what the ones before it leave: three are exact.
-
-  Rounded in the bits: XLA takes a conversion to bfloat16 and back for nothing and would leave the others 0.
-  """
-  pieces = []
-  for _ in range(count):
-    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((bits + jnp.uint32(2**15)) & jnp.uint32(0xFFFF0000), jnp.float32)
-    pieces.append(rounded.astype(jnp.bfloat16))
-    value = value - rounded
-  return pieces
-
-
-def _pooled_pieces(pooled):
-  """The left factors [rows, 4 L] of `_offset_pieces`."""
-  first, second = _pieces(pooled, 2)
-  return jnp.concatenate([first, first, first, second], axis=1)
-
-
-def _offset_pieces(offset):
-  """[4 L, O], with which the MXU multiplies float32 pooled @ offset in bfloat16.
-
-  (p0 + p1) @ (b0 + b1 + b2) without p1 @ (b1 + b2): to 2^-15 of |pooled| @ |offset|, and to 2^-8 of itself for any
-  change of an offset however small, since p0 meets every bit of it.  Of the six passes of a float32 product it is four.
-  """
-  first, second, third = _pieces(offset, 3)
-  return jnp.concatenate([first, second, third, first])
 
 
 def _forward(layers, x_ref, *refs, form: _Form, blocks: Blocks, steps: int):
@@ -443,7 +405,7 @@ def _forward(layers, x_ref, *refs, form: _Form, blocks: Blocks, steps: int):
     pooled_ref, offset_ref = refs
     pooled, offset = pooled_ref[...], offset_ref[...]
     if pooled.dtype == jnp.bfloat16:
-      return jnp.dot(pooled, _offset_pieces(offset), preferred_element_type=jnp.float32)
+      return jnp.dot(pooled, exact.of_offset(offset), preferred_element_type=jnp.float32)
     return jnp.dot(pooled, offset, precision=_EXACT, preferred_element_type=jnp.float32)
 
   def add():

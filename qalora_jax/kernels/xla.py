@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from qalora_jax.kernels import exact
 from qalora_jax.kernels import product as product_lib
 from qalora_jax.kernels import reference
 from qalora_jax.quant import qtensor
@@ -104,7 +105,8 @@ def sums(x, w: qtensor.QTensor) -> jax.Array:
   y = jnp.dot(x, qtensor.scaled(w, x.dtype), preferred_element_type=jnp.float32)
   if w.offset is None:
     return y
-  return y + jnp.dot(reference.pool(x, w.groups), qtensor.offsets(w), precision=_EXACT)
+  pooled = reference.pool(x, w.groups)
+  return y + exact.by_offset(pooled.reshape(-1, w.groups), qtensor.offsets(w)).reshape(y.shape)
 
 
 def transposed_sums(dy, w: qtensor.QTensor) -> jax.Array:
@@ -114,5 +116,5 @@ def transposed_sums(dy, w: qtensor.QTensor) -> jax.Array:
   dx = jnp.dot(dy, qtensor.scaled(w, dy.dtype).T, preferred_element_type=jnp.float32)
   if w.offset is None:
     return dx
-  by_group = jnp.dot(dy.astype(jnp.float32), qtensor.offsets(w).T, precision=_EXACT)
-  return dx + jnp.repeat(by_group, w.group, axis=-1)
+  by_group = exact.dot(dy.reshape(-1, dy.shape[-1]), qtensor.offsets(w).T)
+  return dx + jnp.repeat(by_group.reshape(*dy.shape[:-1], w.groups), w.group, axis=-1)

@@ -117,7 +117,9 @@ def split(axes: tuple[str, str]) -> qtensor.Split | None:
   rules = dict(nn.get_logical_axis_rules())
   if not rules:
     return None
-  return qtensor.Split(rows=tuple(rules.get(ROWS) or ()), inputs=rules.get(axes[0]), outputs=rules.get(axes[1]))
+  rows = rules.get(ROWS) or ()
+  rows = (rows,) if isinstance(rows, str) else tuple(rows)
+  return qtensor.Split(rows=rows, inputs=rules.get(axes[0]), outputs=rules.get(axes[1]))
 
 
 class Linear(nn.Module):

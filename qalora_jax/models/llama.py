@@ -16,12 +16,13 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from qalora_jax.kernels import qmatmul
 from qalora_jax.models import linear
 from qalora_jax.quant import qtensor
 
 REMAT = {
   'none': None,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': jax.checkpoint_policies.save_only_these_names(qmatmul.PRODUCT),
   'full': jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -278,12 +279,13 @@ class Llama(nn.Module):
     keys = jax.random.split(self.make_rng('dropout'), number) if drops else None
     quantized = lambda node: isinstance(node, qtensor.QTensor)
     frozen = own.pop('frozen', {})
-    whole = jax.tree.map(lambda node: node if quantized(node) else None, frozen, is_leaf=quantized)
-    rest = jax.tree.map(lambda node: None if quantized(node) else node, frozen, is_leaf=quantized)
+    whole = jax.tree.map(lambda node: node.replace(offset=None) if quantized(node) else None, frozen, is_leaf=quantized)
+    # Offsets too: what a scan hands over is not kept for the backward pass, what a layer slices is.
+    rest = jax.tree.map(lambda node: node.offset if quantized(node) else node, frozen, is_leaf=quantized)
 
     def layer(x_BTD, each):
       index, key, own, rest = each
-      pick = lambda stack, leaf: leaf if stack is None else qtensor.in_stack(stack, index)
+      pick = lambda stack, leaf: leaf if stack is None else qtensor.in_stack(stack, index).replace(offset=leaf)
       blank = lambda node: node is None or quantized(node)
       variables = {**own, 'frozen': jax.tree.map(pick, whole, rest, is_leaf=blank)}
       rngs = {'dropout': key} if drops else {}
