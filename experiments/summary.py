@@ -15,6 +15,7 @@ import statistics
 from experiments import grids
 from experiments import plots
 from experiments import runs as runs_lib
+from qalora_jax import progress
 from qalora_jax import report
 
 SEED = 'seed'
@@ -93,7 +94,7 @@ def render(
   records, others = collect(_beside(path, '.json'), runs)
   state = _standing(runs, records)
   if not records:
-    report.progress.console.print(f'{title}: {state}; nothing to show yet')
+    progress.console.print(f'{title}: {state}; nothing to show yet')
     return
   same = {key: value for key, value in records[0].overrides.items() if key not in (*varying(records), SEED)}
   source = {key: sorted({str(record.source[key]) for record in records}) for key in _SOURCE}
@@ -114,7 +115,7 @@ def render(
   report.whole(_beside(path, '.csv'), lambda place: place.write_text(_csv(flat(records)), newline=''))
   report.whole(_beside(path, '.png'), lambda place: plots.quality(records, place, x, y, lines))
   report.show(title, rows)
-  report.progress.console.print(f'{state}; {path}.md, .csv, .json and .png')
+  progress.console.print(f'{state}; {path}.md, .csv, .json and .png')
 
 
 def _cell(overrides, rows):

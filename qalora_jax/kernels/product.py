@@ -68,5 +68,12 @@ def device() -> Device:
   return Device(_platform(chosen.platform), chosen.device_kind)
 
 
+def result(shape: tuple[int, ...], dtype, *operands) -> jax.ShapeDtypeStruct:
+  """What a kernel makes of `operands`: in a shard_map around it, an array that differs wherever one of them does."""
+  kinds = [jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(operands)]
+  kind = kinds[0].update(varying=frozenset().union(*(kind.varying for kind in kinds)))
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
 def _platform(name: str) -> str:
   return 'gpu' if name in ('cuda', 'rocm') else name

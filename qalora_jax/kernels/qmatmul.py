@@ -113,17 +113,25 @@ def _quantized(x, w, impl):
 
 
 def _keep(x, w, impl):
-  return _multiply(x, w, impl), (None if w.offset is None else reference.pool(x, w.groups), w)
+  # Without offsets, an empty array that remembers over which axes of a shard_map x differs.
+  return _multiply(x, w, impl), (x[..., :0] if w.offset is None else reference.pool(x, w.groups), w)
 
 
 def _gradients(impl, kept, dy):
   pooled, w = kept
-  dx = _multiply(dy, w, impl, transposed=True)
+  dx = _over_copies(_multiply(dy, w, impl, transposed=True), pooled)
   if w.offset is None:
     return dx, None
   rows = dy.reshape(-1, dy.shape[-1])
-  doffset = exact.dot(pooled.reshape(-1, w.groups).T, rows)
+  doffset = _over_copies(exact.dot(pooled.reshape(-1, w.groups).T, rows), w.offset)
   return dx, w.replace(planes=None, scale=None, layer=None, offset=doffset.astype(w.offset.dtype))
+
+
+def _over_copies(gradient, primal):
+  """The gradient of all copies of what is the same on devices where `gradient` differs, inside a shard_map."""
+  varying = lambda value: jax.typeof(value).manual_axis_type.varying
+  axes = tuple(sorted(varying(gradient) - varying(primal)))
+  return jax.lax.psum(gradient, axes) if axes else gradient
 
 
 _quantized.defvjp(_keep, _gradients)

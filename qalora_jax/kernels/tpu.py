@@ -263,7 +263,7 @@ def forward(x, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=False
   kernel = functools.partial(_forward, form=_Form.of(w), blocks=blocks, steps=grid[2])
   y = pl.pallas_call(
     kernel,
-    out_shape=jax.ShapeDtypeStruct((rows, outputs), out_dtype),
+    out_shape=product_lib.result((rows, outputs), out_dtype, operands),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=grid,
@@ -306,7 +306,7 @@ def transpose(dy, w: qtensor.QTensor, blocks: Blocks, *, out_dtype, interpret=Fa
   kernel = functools.partial(_transpose, form=_Form.of(w), blocks=blocks, steps=grid[2], outputs=outputs, whole=whole)
   dx = pl.pallas_call(
     kernel,
-    out_shape=jax.ShapeDtypeStruct((rows, inputs), out_dtype),
+    out_shape=product_lib.result((rows, inputs), out_dtype, operands),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=grid,
