@@ -112,7 +112,7 @@ SCALES = {
     products=4,
     copied=2**27,
     peak=1024,
-    seconds=0.0,
+    seconds=5e-3,
     fused=None,
   ),  # fmt: skip
 }
@@ -356,9 +356,7 @@ def bench(case: Case, impl: str, scale: Scale) -> Bench:
   # Twice the cache, in programs of at most so many products as leave memory for their results.
   least = math.ceil(2 * scale.cache / own)
   room = max(2, 2**32 // case.bytes(DENSE))
-  count = max(1, min(least, scale.products, room))
-  if scale.seconds:
-    count = max(count, min(scale.products, room))
+  count = min(scale.products, room)
   weights = min(count, least)
   sets = math.ceil(2 * scale.cache / (weights * own + count * _bytes(x)))
   draws = jax.jit(lambda key: draw(key, ([x] * count, [w] * weights)))

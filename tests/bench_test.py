@@ -17,7 +17,7 @@ from qalora_jax import quant
 from qalora_jax.models import llama
 
 TINY = dataclasses.replace(
-  bench_qmatmul.SCALES['cpu'], cache=2**14, products=2, copied=2**16, peak=32, rounds=2, groups=(32,)
+  bench_qmatmul.SCALES['cpu'], cache=2**14, products=2, copied=2**16, peak=32, rounds=2, groups=(32,), seconds=1e-3
 )
 
 
