@@ -383,6 +383,7 @@ def limits(scale: Scale) -> dict[str, float]:
       x = copy(x)
     jax.block_until_ready(x)
     copies.append((time.perf_counter() - begun) / _COPIES)
+  for _ in range(30):
     begun = time.perf_counter()
     jax.block_until_ready(multiply([a] * 4, [b]))
     products.append(time.perf_counter() - begun)
