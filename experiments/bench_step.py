@@ -1,15 +1,16 @@
 """Question: what does a step of LLaMA-7B's layers cost with QA-LoRA, beside QLoRA and LoRA on a dense base?
 
     python -m experiments.bench_step [--layers=N] [--width=4096] [--rows=N] [--window=N] [--rank=64] [--rounds=N]
-        [--remat=none] [--compile-for=v5e] [--out=PATH]
+        [--remat=none] [--time-only] [--compile-for=v5e] [--out=PATH]
 
 Layers of the real shapes (width 4096, mlp 11008, heads of 128; --width scales all of them) with random weights under a
 vocabulary of 256, so that layers are what is measured: LoRA on a dense base, QLoRA (NF4, double quantization, LoRA),
-QA-LoRA at 4, 3 and 2 bits in groups of 32.  In bfloat16; on a CPU in float32, and smaller by default.  All methods have
-their turn in every round, so that a busy machine slows all alike: read the ratios.
+QA-LoRA at 4, 3 and 2 bits in groups of 32.  In bfloat16; on a CPU in float32, and smaller by default.  QLoRA is timed
+first, alone, then each of the others beside it, in turn in every round, so that a busy machine slows both alike: read
+the ratios.
 
     forward_ms, gradient_ms, step_ms   the loss; the loss and its gradient; a whole `step.train_step` with AdamW
-    to_qlora                           the step's time over QLoRA's (the paper: 21.5 h : 40.0 h = 0.54)
+    to_qlora                           the step's time over QLoRA's in the same round (paper: 21.5 h : 40.0 h = 0.54)
     utilisation                        the FLOPs that the model needs, over the step's time and the matrix peak measured
                                        in the same run: 4 P + 12 T D N for a token, with P weights in matrices (2 of the
                                        4 forward, 2 for the gradient in x: frozen weights have none of their own),
@@ -20,8 +21,9 @@ their turn in every round, so that a busy machine slows all alike: read the rati
                                        rematerialization: what LoRA keeps of x, QA-LoRA keeps of pool(x)
 
 `--compile-for` runs nothing: it compiles the steps for a chip that need not be there (v5e, v5p, v6e; with the extra
-aot-gpu h100) at the real shapes, and reports the memory alone.
-Writes PATH.{json,md}, experiments/results/bench_step-DEVICE by default.
+aot-gpu h100) at the real shapes, and reports the memory alone; `--time-only` leaves out `layer_MiB`, for which twelve
+more steps are compiled.
+Writes PATH.{json,md} after every method, experiments/results/bench_step-DEVICE by default.
 """
 
 import argparse
@@ -193,44 +195,57 @@ def memory(size: Size, dtype, rank: int, compile_) -> Iterator[dict]:
       yield {'method': name, 'remat': remat, 'layers': MANY, **many, 'layer_MiB': grown, 'layer_KiB_a_token': per_token}
 
 
-def timed(size: Size, dtype, rank: int, remat: str, peak: float) -> list[dict]:
-  """A row for every method."""
+def passes(model: llama.Llama) -> dict:
+  """Jitted functions (params, frozen, batch) -> the summed loss, and -> it and its gradient in params."""
+
+  def loss(params, frozen, tokens):
+    return step_lib.score_rows(model, {'params': params, 'frozen': frozen}, tokens)[0].sum()
+
+  # The weights are an argument: as constants of the program they would be folded, and held twice.
+  return {'forward': jax.jit(loss), 'gradient': jax.jit(jax.value_and_grad(loss))}
+
+
+def parts(model: llama.Llama, tokens: dict):
+  """({part: a function that runs it once and waits}, the row of `held`) of a model with random weights."""
+  variables = jax.jit(functools.partial(born, model))()
+  frozen = variables['frozen']
+  # The step donates its own.
+  params = jax.tree.map(jnp.copy, variables['params'])
+  waited = lambda f: lambda: jax.block_until_ready(f(params, frozen, tokens))
+  train, row = trainer(model, frozen, variables['params'], tokens)
+  return {**{part: waited(f) for part, f in passes(model).items()}, 'step': train}, row
+
+
+def timed(size: Size, dtype, rank: int, remat: str, peak: float) -> Iterator[dict]:
+  """A row for every method, QLoRA's first."""
   tokens = batch(size.rows, size.window, VOCABULARY)
-  runs, rows = {}, {}
-  for name, scheme in schemes(rank, dtype).items():
-    model = llama.Llama(config(size, dtype, remat), scheme)
-    variables = jax.jit(functools.partial(born, model))()
-    frozen = variables['frozen']
-
-    def loss(params, model=model, frozen=frozen):
-      return step_lib.score_rows(model, {'params': params, 'frozen': frozen}, tokens)[0].sum()
-
-    # The step donates its own.
-    params = jax.tree.map(jnp.copy, variables['params'])
-    forward, gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
-    train, rows[name] = trainer(model, frozen, variables['params'], tokens)
-    waited = lambda f, params: lambda: jax.block_until_ready(f(params))
-    runs[name] = {'forward': waited(forward, params), 'gradient': waited(gradient, params), 'step': train}
-  seconds = {(name, part): [] for name, parts in runs.items() for part in parts}
-  for _ in range(size.rounds + 1):
-    for name, parts in runs.items():
-      for part, run in parts.items():
-        begun = time.perf_counter()
-        run()
-        seconds[name, part].append(time.perf_counter() - begun)
   made = config(size, dtype, remat)
-  found = []
-  for name, row in rows.items():
-    warm = {part: seconds[name, part][1:] for part in runs[name]}  # the first round compiles
+  every = schemes(rank, dtype)
+  rival = None
+  for name in (QLORA, *(name for name in every if name != QLORA)):
+    own, row = parts(llama.Llama(made, every[name]), tokens)
+    rival = rival or own
+    seconds = {part: [] for part in own}
+    ratios = []
+    for _ in range(size.rounds + 1):
+      for part, run in own.items():
+        seconds[part].append(_seconds(run))
+      ratios.append(1.0 if own is rival else seconds['step'][-1] / _seconds(rival['step']))
+    warm = {part: found[1:] for part, found in seconds.items()}  # the first round compiles
     taken = statistics.median(warm['step'])
-    ratios = [own / other for own, other in zip(warm['step'], seconds[QLORA, 'step'][1:], strict=True)]
-    found.append({
+    yield {
       'method': name, **{f'{part}_ms': 1e3 * statistics.median(times) for part, times in warm.items()},
-      'fastest_step_ms': 1e3 * min(warm['step']), 'to_qlora': statistics.median(ratios),
+      'fastest_step_ms': 1e3 * min(warm['step']), 'to_qlora': statistics.median(ratios[1:]),
       'tokens_per_second': round(size.rows * size.window / taken),
       'utilisation': flops(made, size.rows, size.window) / taken / peak, **row,
-    })  # fmt: skip
-  return found
+    }  # fmt: skip
+
+
+def _seconds(run) -> float:
+  """That one call takes."""
+  begun = time.perf_counter()
+  run()
+  return time.perf_counter() - begun
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -242,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(f'--{name}', type=bench_qmatmul.positive, metavar='N')
   parser.add_argument('--rank', type=bench_qmatmul.positive, metavar='N', default=64)
   parser.add_argument('--remat', choices=sorted(llama.REMAT), default='none')
+  parser.add_argument('--time-only', action='store_true')
   parser.add_argument('--compile-for', choices=[*topologies.CHIPS, topologies.H100])
   parser.add_argument('--out', type=pathlib.Path, metavar='PATH', help='without a suffix')
   return parser
@@ -257,6 +273,8 @@ def main(words: list[str] | None = None) -> None:
   size = dataclasses.replace(size, **{name: value for name, value in said.items() if value is not None})
   if size.width % HEAD:
     parser.error(f'argument --width: {size.width} is no multiple of {HEAD}, the width of a head')
+  if asked.compile_for and asked.time_only:
+    parser.error('argument --time-only: nothing is timed with --compile-for')
   dtype = jnp.float32 if device.platform == 'cpu' and not asked.compile_for else jnp.bfloat16
   more = {'size': dataclasses.asdict(size), 'rank': asked.rank, 'dtype': jnp.dtype(dtype).name}
   if asked.compile_for:
@@ -266,17 +284,20 @@ def main(words: list[str] | None = None) -> None:
   else:
     mesh, limit = None, bench_qmatmul.limits(bench_qmatmul.SCALES[device.platform])
     tables = {'time': timed(size, dtype, asked.rank, asked.remat, limit['flops_per_second'])}
-    stats = jax.local_devices()[0].memory_stats() or {}
-    more |= {'remat': asked.remat, **limit, 'device_peak_bytes': stats.get('peak_bytes_in_use')}
+    more |= {'remat': asked.remat, **limit}
     compile_ = lambda f, *shapes: jax.jit(f, donate_argnums=0).lower(*shapes).compile()
     name = re.sub('[^a-z0-9]+', '-', device.kind.lower())
+  if not asked.time_only:
+    tables['memory'] = memory(size, dtype, asked.rank, compile_)
   place = asked.out or bench_qmatmul.RESULTS / f'bench_step-{name}'
-  tables['memory'] = []
+  done = {}
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-    for row in memory(size, dtype, asked.rank, compile_):
-      print(row, flush=True)
-      tables['memory'].append(row)
-      publish(place, tables, more)
+    for table, found in tables.items():
+      done[table] = []
+      for row in found:
+        print(row, flush=True)
+        done[table].append(row)
+        publish(place, done, more)
   print(place.with_name(place.name + '.md').read_text())
 
 

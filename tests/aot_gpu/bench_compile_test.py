@@ -15,14 +15,21 @@ CASES = [
 ]
 
 
+def _expected(case):
+  """Backward, and with many rows, it may be xla alone."""
+  fused = {'mosaic_gpu': 256, 'triton': 128}
+  few = set() if case.backward else {name for name, rows in fused.items() if case.rows <= rows}
+  return {bench_qmatmul.DENSE, 'xla'} | few
+
+
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_programs_compile(h100, case):
-  """Each that the plan does not refuse, two products of it; the dense one and xla's are never refused."""
+  """Each that the plan does not refuse, two products of it; those are never refused whose measurement is the point."""
   with jax.set_mesh(h100.mesh):
     device = product.device()
     impls = [bench_qmatmul.DENSE, *plan.IMPLEMENTATIONS]
     able = [impl for impl in impls if bench_qmatmul.refusal(case, impl, device) is None]
-  assert {bench_qmatmul.DENSE, 'xla'} <= set(able)
+  assert _expected(case) <= set(able)
   for impl in able:
     x, w = case.operands(impl)
     run = bench_qmatmul.program(case.direction, impl)
