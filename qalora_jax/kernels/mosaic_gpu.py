@@ -7,7 +7,7 @@ The canonical planes are read as they lie, whole stacks too; no second layout of
 
 * Words come to shared memory as [8 units, outputs], a unit being 32 inputs (see `fragments`), and are read from there
   across, [outputs, units], without bank conflicts: the 128-byte swizzle spreads the four rows that a warp reads.
-* The codes times their scales, rounded once to bfloat16, are A, in registers; x, put into the fragments' order by
+* The codes, or levels, times their scales, rounded once to bfloat16, are A, in registers; x, put into the fragments' order by
   XLA beforehand (`arrange`), is B, in shared memory.
 * pool(x) @ offset is in the same accumulator to float32's accuracy: both are split into three bfloat16 numbers, and
   eight of the nine products of parts are 64 columns more of the same product.  The ninth is below 2^-32.
@@ -49,9 +49,12 @@ _HBM, _L2, _PRODUCTS = 20, 40, 2048
 # And instructions of a lane, by the warpgroups that hide each other's latencies; what a weight takes of them, by bits:
 # counted in the code that ptxas makes of the loop.
 _LANES = {1: 50, 2: 85, 4: 110}
-# The most rows of a program, by its warpgroups: more sums than these would not stay in registers.
-_ROWS = {1: 128, 2: 128, 4: 104}
+# The most rows of a program, by its warpgroups: with more sums ptxas spills registers, or lets no two products of the
+# tensor cores overlap.  A codebook is in registers too.
+_ROWS = {1: 128, 2: 128, 4: 80}
+_ROWS_BY_CODEBOOK = {**_ROWS, 4: 64}
 _INSTRUCTIONS = {8: 4.4, 4: 3.9, 3: 5.3, 2: 3.9}
+_INSTRUCTIONS_BY_CODEBOOK = 8.7
 # Cycles until a program's first words arrive.
 _LATENCY = 2000
 
@@ -103,9 +106,10 @@ def _multiprocessors(device: Device) -> int:
 def _candidates(product: Product):
   """Every Blocks that fits into shared memory."""
   of_inputs = product.inputs // fragments.BLOCK
+  most = _ROWS if product.levels == 'integer' else _ROWS_BY_CODEBOOK
   for warpgroups in _LANES:
     # Blocks of equal rows, the fewest that registers allow or of 64 at most.
-    for blocks in sorted({-(-product.rows // most) for most in (64, _ROWS[warpgroups])}):
+    for blocks in sorted({-(-product.rows // 64), -(-product.rows // most[warpgroups])}):
       rows = 8 * -(-product.rows // (8 * blocks))
       stages = _SHARED // sum(_stage(product, rows, warpgroups))
       if product.outputs % (64 * warpgroups) or stages < 2:
@@ -129,10 +133,11 @@ def _cycles(product: Product, blocks: Blocks, multiprocessors: int) -> float:
   programs = by_rows * product.outputs // (64 * blocks.warpgroups) * blocks.splits
   waves = -(-programs // multiprocessors)
   per_block = 64 * blocks.warpgroups * fragments.BLOCK
+  instructions = _INSTRUCTIONS[product.bits] if product.levels == 'integer' else _INSTRUCTIONS_BY_CODEBOOK
   step = max(
     weights / by_rows / _HBM,
     (weights + x) / _L2,
-    per_block * _INSTRUCTIONS[product.bits] / _LANES[blocks.warpgroups],
+    per_block * instructions / _LANES[blocks.warpgroups],
     per_block * blocks.rows / _PRODUCTS,
   )
   # Partial sums are written and read once more, by another kernel.
