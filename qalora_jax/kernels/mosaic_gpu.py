@@ -7,8 +7,8 @@ The canonical planes are read as they lie, whole stacks too; no second layout of
 
 * Words come to shared memory as [8 units, outputs], a unit being 32 inputs (see `fragments`), and are read from there
   across, [outputs, units], without bank conflicts: the 128-byte swizzle spreads the four rows that a warp reads.
-* The codes, or levels, times their scales, rounded once to bfloat16, are A, in registers; x, put into the fragments' order by
-  XLA beforehand (`arrange`), is B, in shared memory.
+* The codes, or a codebook's levels (in two bfloat16 parts), times their scales, rounded once to bfloat16, are A, in
+  registers; x, put into the fragments' order by XLA beforehand (`arrange`), is B, in shared memory.
 * pool(x) @ offset is in the same accumulator to float32's accuracy: both are split into three bfloat16 numbers, and
   eight of the nine products of parts are 64 columns more of the same product.  The ninth is below 2^-32.
 * Where outputs are too few to occupy the chip, inputs are split, and XLA adds the float32 partial sums.
@@ -54,6 +54,7 @@ _LANES = {1: 50, 2: 85, 4: 110}
 _ROWS = {1: 128, 2: 128, 4: 80}
 _ROWS_BY_CODEBOOK = {**_ROWS, 4: 64}
 _INSTRUCTIONS = {8: 4.4, 4: 3.9, 3: 5.3, 2: 3.9}
+# By the size of the assembled kernel, against that of four bits.
 _INSTRUCTIONS_BY_CODEBOOK = 8.7
 # Cycles until a program's first words arrive.
 _LATENCY = 2000
