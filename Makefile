@@ -29,6 +29,7 @@ test-clients: $(VENV)/.installed-clients
 
 test-aot-gpu: $(AOT_GPU_VENV)/.installed-aot-gpu
 	$(AOT_GPU_VENV)/bin/python -m pytest -q -o addopts= tests/aot_gpu
+	$(AOT_GPU_VENV)/bin/python -m pytest -q -o addopts= tests/mosaic_gpu_test.py tests/fragments_test.py tests/triton_test.py
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -38,6 +39,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(AOT_GPU_VENV)/bin/python:
+	@$(AOT_GPU_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2> /dev/null || \
+	  { echo 'set AOT_GPU_PYTHON to a Python >= 3.12' >&2; exit 1; }
 	$(AOT_GPU_PYTHON) -m venv $(AOT_GPU_VENV)
 
 # Stamps: pip runs again only when pyproject.toml has changed.

@@ -49,12 +49,18 @@ def test_codes_are_exact(bits, levels):
 
 @pytest.mark.parametrize(('bits', 'levels'), FORMS)
 def test_scaled_as_if_in_float32(bits, levels):
-  """level * scale is rounded once: 2^-8, half of bfloat16's last place, and from the scale's two parts 2^-15."""
+  """level * scale is rounded once: 2^-8, half of bfloat16's last place; the rest is `scaled`'s, of two parts each.
+
+  A level of a codebook is itself here, not its nearest bfloat16, which is up to 0.31 % away.
+  """
   codes, words, scale = drawn(bits, levels)
-  level = np.asarray(qtensor.level(jnp.asarray(codes, jnp.int32), levels).astype(jnp.bfloat16), np.float64)
+  level = np.asarray(qtensor.level(jnp.asarray(codes, jnp.int32), levels), np.float64)
   exact = (level * np.repeat(np.asarray(scale, np.float64).T, fragments.UNIT, axis=0)).T
   exact = exact[:, fragments.order(bits, levels)]
-  assert np.all(np.abs(made(bits, levels, words, scale) - exact) <= (2**-8 + 2**-15) * np.abs(exact))
+  before, found = (1 if levels == 'integer' else 3) * 2**-15, made(bits, levels, words, scale)
+  assert np.all(np.abs(found - exact) <= (before + 2**-8 * (1 + before)) * np.abs(exact))
+  # What comes before the rounding seldom changes its result.
+  assert np.mean(found == exact.astype(jnp.bfloat16).astype(np.float64)) > 0.98
 
 
 def test_offsets_in_parts():

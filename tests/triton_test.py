@@ -246,6 +246,33 @@ def test_it_refuses_by_name(device, changes, reason):
     plan.choose(dataclasses.replace(ASKED, **changes), device, 'triton')
 
 
+EARLIER = [
+  *('Tesla P4', 'Tesla P40', 'Tesla P100-PCIE-16GB', 'Tesla V100-SXM2-16GB', 'Quadro GV100', 'Tesla T4', 'NVIDIA T400'),
+  *('NVIDIA T600 Laptop GPU', 'NVIDIA T1000 8GB', 'NVIDIA GeForce MX450', 'NVIDIA GeForce GTX 1660 SUPER'),
+  *('NVIDIA TITAN RTX', 'Quadro RTX 6000', 'NVIDIA GeForce RTX 2060 SUPER'),
+]
+LATER = [
+  *('NVIDIA A40', 'NVIDIA A100-PCIE-40GB', 'NVIDIA L4', 'NVIDIA RTX 2000 Ada Generation', 'NVIDIA GeForce MX570'),
+  *(
+    'NVIDIA GeForce RTX 2050',
+    'NVIDIA RTX A4000',
+    'NVIDIA GH200 480GB',
+    'NVIDIA GB10',
+    'NVIDIA RTX PRO 6000 Blackwell',
+  ),
+]
+
+
+@pytest.mark.parametrize('kind', [*EARLIER, *LATER])
+def test_chips_without_bfloat16_are_refused(kind):
+  device = product.Device('gpu', kind)
+  if kind in LATER:
+    triton.plan(ASKED, device)
+    return
+  with pytest.raises(product.Refused, match=r'compute capability 8\.0'):
+    triton.plan(ASKED, device)
+
+
 def test_it_refuses_a_jax_without_it(monkeypatch):
   monkeypatch.setattr(triton, 'backend', None)
   with pytest.raises(product.Refused, match='no jax.experimental.pallas.triton'):

@@ -69,10 +69,13 @@ def order(bits: int, levels: str) -> np.ndarray:
 
 
 def codes(machine, bits: int, levels: str, held, chunk: int) -> list:
-  """The levels of eight codes of a unit, as four pairs; `held` are its words named by `words`."""
+  """The levels of eight codes of a unit, as four pairs, each pair alone in a tuple; `held` are its words by `words`.
+
+  A level of a codebook is the sum of two bfloat16 numbers, to 16 bits: its tuple has two pairs, the greater first.
+  """
   if levels != 'integer':
     return _looked_up(machine, codebooks.CODEBOOKS[levels], *held)
-  return {8: _eight, 4: _four, 3: _three, 2: _two}[bits](machine, *held, chunk)
+  return [(pair,) for pair in {8: _eight, 4: _four, 3: _three, 2: _two}[bits](machine, *held, chunk)]
 
 
 def scale(machine, s) -> tuple:
@@ -82,10 +85,17 @@ def scale(machine, s) -> tuple:
   return near, machine.pack(rest, rest)
 
 
-def scaled(machine, level, factor):
-  """level * scale, rounded to bfloat16 as if by one multiplication in float32 (to within 2^-15)."""
+def scaled(machine, level: tuple, factor: tuple):
+  """level * scale, rounded to bfloat16 as if by one multiplication in float32.
+
+  To within 2^-15 of it, of which the rest of the scale and the rounding of its product have half each; where a level
+  has two parts to within 3 * 2^-15, for their rest, the product of the lesser parts and one more rounding.
+  """
   near, rest = factor
-  return machine.fused(level, near, machine.times(level, rest))
+  less = machine.times(level[0], rest)
+  for part in level[1:]:
+    less = machine.fused(part, near, less)
+  return machine.fused(level[0], near, less)
 
 
 def parts(machine, low, high) -> list:
@@ -143,7 +153,13 @@ def _eight(machine, first, second, chunk):
 
 
 def _looked_up(machine, book, word):
-  bits = book.astype(jnp.bfloat16).view(np.uint16)
+  near = book.astype(jnp.bfloat16)
+  found = [_by_index(machine, part, word) for part in (near, (book - near.astype(np.float32)).astype(jnp.bfloat16))]
+  return list(zip(*found, strict=True))
+
+
+def _by_index(machine, part, word):
+  bits = part.view(np.uint16)
   table = lambda shift: [int(word) for word in ((bits >> shift) & 0xFF).astype(np.uint8).view('<u4')]
   found = []
   for half in range(2):

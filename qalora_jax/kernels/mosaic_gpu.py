@@ -7,8 +7,8 @@ The canonical planes are read as they lie, whole stacks too; no second layout of
 
 * Words come to shared memory as [8 units, outputs], a unit being 32 inputs (see `fragments`), and are read from there
   across, [outputs, units], without bank conflicts: the 128-byte swizzle spreads the four rows that a warp reads.
-* The codes times their scales, rounded once to bfloat16, are A, in registers; x, put into the fragments' order by
-  XLA beforehand (`arrange`), is B, in shared memory.
+* The codes, or a codebook's levels (in two bfloat16 parts), times their scales, rounded once to bfloat16, are A, in
+  registers; x, put into the fragments' order by XLA beforehand (`arrange`), is B, in shared memory.
 * pool(x) @ offset is in the same accumulator to float32's accuracy: both are split into three bfloat16 numbers, and
   eight of the nine products of parts are 64 columns more of the same product.  The ninth is below 2^-32.
 * Where outputs are too few to occupy the chip, inputs are split, and XLA adds the float32 partial sums.
@@ -32,22 +32,30 @@ from qalora_jax.kernels.product import Refused
 from qalora_jax.quant import double
 from qalora_jax.quant import qtensor
 
-# Rows up to which this is expected to beat dequantizing and cuBLAS.  Predicted from the chips' published rates, not
+# Rows up to which this is expected to beat dequantizing and cuBLAS.  Predicted from an H100's published rates, not
 # measured; `experiments/bench_qmatmul.py` measures it.
-FUSED = {'H100': 256, 'H200': 256, 'GH200': 256}
+FUSED = 256
 
 _HOPPER = re.compile(r'\b(G?H[12]00|H800|H20)\b')
 # The version that Pallas Mosaic GPU is written for here: layouts of loads, whole kernels as one function.
 _JAX = (0, 11)
 # What a multiprocessor has: bytes of shared memory for one program, less what barriers take.
 _SHARED = 227 * 1024 - 2048
-_MULTIPROCESSORS = 132
+# Those of a chip, by its name, where they are not an H100's with SXM.
+_MULTIPROCESSORS = {'H100 PCIe': 114, 'H800 PCIe': 114, 'H20': 78}
+_USUAL_MULTIPROCESSORS = 132
 # A multiprocessor's cycle: bytes from HBM and from the L2 cache, and products of the tensor cores.
 _HBM, _L2, _PRODUCTS = 20, 40, 2048
 # And instructions of a lane, by the warpgroups that hide each other's latencies; what a weight takes of them, by bits:
 # counted in the code that ptxas makes of the loop.
 _LANES = {1: 50, 2: 85, 4: 110}
+# The most rows of a program, by its warpgroups: with more sums ptxas spills registers, or lets no two products of the
+# tensor cores overlap.  A codebook is in registers too.
+_ROWS = {1: 128, 2: 128, 4: 80}
+_ROWS_BY_CODEBOOK = {**_ROWS, 4: 64}
 _INSTRUCTIONS = {8: 4.4, 4: 3.9, 3: 5.3, 2: 3.9}
+# By the size of the assembled kernel, against that of four bits.
+_INSTRUCTIONS_BY_CODEBOOK = 8.7
 # Cycles until a program's first words arrive.
 _LATENCY = 2000
 
@@ -66,8 +74,7 @@ class Blocks:
 
 def worthwhile(product: Product, device: Device) -> bool:
   """Whether it is expected to beat dequantizing and cuBLAS."""
-  chip = _HOPPER.search(device.kind)
-  return chip is not None and not product.transposed and product.rows <= FUSED.get(chip.group(), 256)
+  return bool(_HOPPER.search(device.kind)) and not product.transposed and product.rows <= FUSED
 
 
 def plan(product: Product, device: Device) -> Blocks | None:
@@ -89,15 +96,22 @@ def plan(product: Product, device: Device) -> Blocks | None:
     raise Refused(
       f'[{product.inputs}, {product.outputs}] is not of whole blocks of {block} inputs and 64 outputs; take impl=None.'
     )
-  return min(_candidates(product), key=lambda blocks: _cycles(product, blocks))
+  return min(_candidates(product), key=lambda blocks: _cycles(product, blocks, _multiprocessors(device)))
+
+
+def _multiprocessors(device: Device) -> int:
+  named = (count for name, count in _MULTIPROCESSORS.items() if re.search(rf'\b{name}\b', device.kind))
+  return next(named, _USUAL_MULTIPROCESSORS)
 
 
 def _candidates(product: Product):
   """Every Blocks that fits into shared memory."""
-  least = -(-product.rows // 8) * 8
   of_inputs = product.inputs // fragments.BLOCK
-  for rows in sorted({min(least, most) for most in (64, 128)}):
-    for warpgroups in _LANES:
+  most = _ROWS if product.levels == 'integer' else _ROWS_BY_CODEBOOK
+  for warpgroups in _LANES:
+    # Blocks of equal rows, the fewest that registers allow or of 64 at most.
+    for blocks in sorted({-(-product.rows // 64), -(-product.rows // most[warpgroups])}):
+      rows = 8 * -(-product.rows // (8 * blocks))
       stages = _SHARED // sum(_stage(product, rows, warpgroups))
       if product.outputs % (64 * warpgroups) or stages < 2:
         continue
@@ -113,21 +127,22 @@ def _stage(product: Product, rows: int, warpgroups: int) -> tuple[int, int]:
   return outputs * (fragments.BLOCK * product.bits // 8 + by_group), 2 * rows * columns
 
 
-def _cycles(product: Product, blocks: Blocks) -> float:
+def _cycles(product: Product, blocks: Blocks, multiprocessors: int) -> float:
   """The cycles of the whole product, predicted from the chip's rates."""
   weights, x = _stage(product, blocks.rows, blocks.warpgroups)
   by_rows = -(-product.rows // blocks.rows)
   programs = by_rows * product.outputs // (64 * blocks.warpgroups) * blocks.splits
-  waves = -(-programs // _MULTIPROCESSORS)
+  waves = -(-programs // multiprocessors)
   per_block = 64 * blocks.warpgroups * fragments.BLOCK
+  instructions = _INSTRUCTIONS[product.bits] if product.levels == 'integer' else _INSTRUCTIONS_BY_CODEBOOK
   step = max(
     weights / by_rows / _HBM,
     (weights + x) / _L2,
-    per_block * _INSTRUCTIONS[product.bits] / _LANES[blocks.warpgroups],
+    per_block * instructions / _LANES[blocks.warpgroups],
     per_block * blocks.rows / _PRODUCTS,
   )
   # Partial sums are written and read once more, by another kernel.
-  sums = 8 * blocks.splits * product.rows * product.outputs / _HBM / _MULTIPROCESSORS if blocks.splits > 1 else 0
+  sums = 8 * blocks.splits * product.rows * product.outputs / _HBM / multiprocessors if blocks.splits > 1 else 0
   return waves * (blocks.steps * step + _LATENCY) + sums + (_LATENCY if blocks.splits > 1 else 0)
 
 

@@ -20,6 +20,7 @@ No figure here was measured on a GPU: counts are those of the PTX for an H100, t
 
 import dataclasses
 import functools
+import re
 
 import jax
 from jax.experimental import pallas as pl
@@ -49,7 +50,8 @@ ROWS = {'integer': 128, 'nf4': 64, 'fp4': 64}
 # Blocks that fill a chip: two for each of an H100's multiprocessors.
 _FULL = 264
 # Chips before the first with bfloat16 and asynchronous copies (compute capability 8.0).
-_EARLIER = ('P100', 'P40', 'P4 ', 'V100', 'T4', 'T1000', 'T2000', 'GTX', 'TITAN', 'Quadro RTX', 'RTX 20')
+# Not by a prefix of numbers: an RTX 2080 is earlier, an RTX 2000 Ada and an MX570 are not.
+_EARLIER = re.compile(r'\b(G?P\d+|G?V100\w?|T\d+G?|GT|GTX|TITAN|Quadro|MX[1-4]\d0|MX550|RTX 20[678]0)\b')
 # Bytes of shared memory that a block may take: those of Ada and consumer chips, but for those named.
 _SHARED, _MORE_SHARED = 99 << 10, {'A100': 163 << 10, 'H100': 227 << 10, 'H200': 227 << 10, 'B200': 227 << 10}
 # Without it a float32 dot is TF32.
@@ -85,10 +87,10 @@ def plan(product: Product, device: Device) -> Blocks | None:
   """
   if backend is None:
     raise Refused("this jax has no jax.experimental.pallas.triton; use impl='mosaic_gpu' or 'xla'.")
+  if _EARLIER.search(device.kind):
+    raise Refused(f"it needs compute capability 8.0, which {device.kind!r} lacks; use impl='xla'.")
   if device.platform != 'gpu' or 'NVIDIA' not in device.kind:
     raise Refused(f"it runs on NVIDIA GPUs, not on {device.kind or device.platform!r}; use impl='xla'.")
-  if any(name in device.kind for name in _EARLIER):
-    raise Refused(f"it needs compute capability 8.0, which {device.kind!r} lacks; use impl='xla'.")
   if product.group % RUN and product.group != product.inputs:
     raise Refused(f"a group of {product.group} inputs is not whole runs of {RUN}; use impl='xla'.")
   if product.transposed:

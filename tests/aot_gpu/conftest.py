@@ -37,11 +37,15 @@ _OTHERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A kernel's use of the chip, as `ptxas` counts it: 32-bit registers of a thread, bytes spilled from them."""
+  """A kernel's use of the chip, as `ptxas` counts it: 32-bit registers of a thread, bytes spilled from them.
+
+  serialized: whether `ptxas` lets no two of its wgmma overlap.
+  """
 
   name: str
   registers: int
   spilled: int
+  serialized: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +84,9 @@ def assemble(ptx: str) -> list[Kernel]:
   told = subprocess.run(command, input=ptx, capture_output=True, text=True, check=False)
   assert told.returncode == 0, told.stderr
   entry = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+  serialized = re.findall(r"wgmma\.mma_async instructions are serialized.*'(\w+)'", told.stderr)
   return [
-    Kernel(name, int(registers), int(stored) + int(loaded))
+    Kernel(name, int(registers), int(stored) + int(loaded), name in serialized)
     for name, stored, loaded, registers in re.findall(entry, told.stderr, re.DOTALL)
   ]
 

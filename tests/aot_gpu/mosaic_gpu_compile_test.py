@@ -127,20 +127,26 @@ def level(bits, levels, words, at):
     taken += width
   if levels == 'integer':
     return (code ^ 1 << bits - 1) - 2 ** (bits - 1)
-  return float(codebooks.CODEBOOKS[levels].astype(jnp.bfloat16)[code])
+  return float(codebooks.CODEBOOKS[levels][code])
 
 
 CASES = [
   # Products that no other test compiles: the PTX of a kernel is written the first time alone.
   # bits, levels, group, rows, inputs, outputs, scale, offset, instructions of PTX for a weight
-  (4, 'integer', 32, 24, D, F, 'float32', 'float32', 4.5),
+  # With three stages the place of the next is a remainder.
+  (4, 'integer', 32, 24, D, F, 'float32', 'float32', 4.6),
   (4, 'integer', 128, 16, F, D, 'float16', 'float16', 4.7),
   (4, 'integer', 64, 64, D, D, 'float32', 'none', 4.5),
   (4, 'integer', 32, 256, D, F, 'float32', 'float32', 4.5),
   (8, 'integer', 64, 16, D, F, 'float32', 'float32', 6.0),
   (3, 'integer', 32, 16, D, D, 'float32', 'float32', 6.0),
   (2, 'integer', -1, 64, F, D, 'float32', 'float32', 4.5),
-  (4, 'nf4', 64, 1, D, D, 'float32', 'none', 6.0),
+  (4, 'nf4', 64, 1, D, D, 'float32', 'none', 8.5),
+  # Most sums with four warpgroups, and with two.
+  (4, 'integer', 32, 160, D, 3 * D, 'float32', 'none', 4.5),
+  (4, 'integer', 32, 256, D, 3 * D, 'float32', 'none', 4.5),
+  (4, 'nf4', 32, 192, 2 * D, 7 * D, 'float32', 'float32', 8.5),
+  (4, 'nf4', 32, 256, 2 * D, 7 * D, 'float32', 'none', 8.5),
 ]
 
 
@@ -157,7 +163,7 @@ def test_what_a_weight_costs(h100, bits, levels, group, rows, inputs, outputs, s
   assert all(re.search(r'\{[^{}]*\}, \{%r\d+(, ?%r\d+){3}\}, %rd\d+', line) for line in products)
   assert len(products) == 4 * (fragments.CHUNKS + (offset != 'none'))
   assert len(loop) / (64 * fragments.BLOCK / 128) <= most
-  assert kernel.spilled == 0
+  assert kernel.spilled == 0 and not kernel.serialized
   # Nothing of the weights is copied: there are x in its new order and the partial sums.
   with jax.set_mesh(h100.mesh):
     blocks = plan.choose(product.Product.of(S((rows, inputs), jnp.bfloat16), w), product.device(), 'mosaic_gpu').blocks
@@ -214,7 +220,8 @@ def test_what_a_thread_makes(h100, bits, levels):
       words = [loaded[one] for one in sorted(of - {scale}, key=lambda one: uses[one])]
       wanted = [level(bits, levels, words, t) for t in fragments.pairs(bits, levels, chunk)[register]]
       wanted = np.array(wanted) * number(loaded[scale])
-      assert np.all(np.abs(np.array(halves(value)) - wanted) <= (2**-8 + 2**-15) * np.abs(wanted))
+      before = (1 if levels == 'integer' else 3) * 2**-15  # The rounding: `fragments.scaled`.
+      assert np.all(np.abs(np.array(halves(value)) - wanted) <= (before + 2**-8 * (1 + before)) * np.abs(wanted))
   assert len(set(scales.values())) == 4
   for half in range(2):
     of = sorted(offsets[half, 0][1])
