@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -136,6 +137,84 @@ def test_without_a_division_arrays_on_several_devices_are_left_to_xla():
   np.testing.assert_allclose(got, qmatmul.qmatmul(x, q), rtol=0, atol=I * 2**-24 * float(jnp.abs(got).max()))
 
 
+def operands(traced, name):
+  """The shapes and dtypes of what goes into the first `name` of a program, inner programs included."""
+  for equation in traced.eqns:
+    if equation.primitive.name == name:
+      return [(value.aval.shape, str(value.aval.dtype)) for value in equation.invars]
+    for inner in core.jaxprs_in_params(equation.params):
+      if (found := operands(inner, name)) is not None:
+        return found
+  return None
+
+
+def number(traced, name):
+  """How many `name` a program has, inner programs included, but not those of a kernel."""
+  count = 0
+  for equation in traced.eqns:
+    if equation.primitive.name == name:
+      count += 1
+    else:
+      count += sum(number(inner, name) for inner in core.jaxprs_in_params(equation.params))
+  return count
+
+
+def test_one_layer_is_gathered_and_a_whole_stack_is_read_where_it_lies():
+  """Weights that lie over the rows' axis are gathered packed, for the layer at hand; others go in as they are."""
+  stack = affine.quantize(0.02 * jax.random.normal(jax.random.key(0), (3, I, O)), bits=4, group=G)
+  x = jnp.zeros((8, I))
+
+  def layer(x, stack):
+    w = qtensor.in_stack(stack, jnp.int32(1)).replace(split=linear.split(('embed', 'mlp')))
+    return qmatmul.qmatmul(x, w, 'tpu_interpreted')
+
+  def into_shard_map(**sizes):
+    traced = jax.make_jaxpr(sharding.over(sharding.make_mesh(**sizes), layer))(x, stack)
+    return [shape for shape, dtype in operands(traced.jaxpr, 'shard_map') if dtype == 'uint32']
+
+  assert into_shard_map(data=4, tensor=2) == [(3, I // 8, O)]
+  assert into_shard_map(data=1, fsdp=4, tensor=2) == [(I // 8, O)]
+
+
+def test_a_mapped_product_is_planned_for_all_its_rows(monkeypatch):
+  q, x = example()
+  planned, choose = [], plan.choose
+  monkeypatch.setattr(plan, 'choose', lambda product, *rest: (planned.append(product.rows), choose(product, *rest))[1])
+  mapped = jax.vmap(lambda x: qmatmul.qmatmul(x, q, 'tpu_interpreted'))(x)
+  assert planned[-1] == B
+  np.testing.assert_allclose(mapped, qmatmul.qmatmul(x, q, 'xla'), rtol=0, atol=I * 2**-24 * float(abs(mapped).max()))
+
+
+@pytest.mark.parametrize('impl', ['xla', 'tpu_interpreted'])
+def test_remat_by_name_makes_no_product_again(impl):
+  """What the gradient of two products makes: both, and the transposes of both; again only what was not kept."""
+  q, x = example()
+  back = affine.quantize(0.02 * jax.random.normal(jax.random.key(2), (O, I)), bits=4, group=G)
+
+  def made(policy):
+    both = lambda x: jnp.sum(jnp.tanh(qmatmul.qmatmul(jnp.tanh(qmatmul.qmatmul(x, q, impl)), back, impl)))
+    traced = jax.make_jaxpr(jax.value_and_grad(jax.checkpoint(both, policy=policy)))(x)
+    return number(traced.jaxpr, 'dot_general' if impl == 'xla' else 'pallas_call')
+
+  kept = made(jax.checkpoint_policies.save_only_these_names(qmatmul.PRODUCT))
+  again = made(jax.checkpoint_policies.nothing_saveable)
+  assert kept < again
+
+
+def test_a_shard_map_around_a_product_gets_the_gradient_of_what_its_devices_share():
+  q, x = example()
+  if jax.device_count() < 4:
+    pytest.skip('needs four devices; tests/conftest.py asks for them on CPU')
+  mesh, rows = sharding.make_mesh(devices=jax.devices()[:4]), jax.sharding.PartitionSpec('data')
+  whole = jax.sharding.PartitionSpec()
+  squares = lambda x, offset: jnp.sum(qmatmul.qmatmul(x, q.replace(offset=offset), 'xla') ** 2)
+  summed = lambda x, offset: jax.lax.psum(squares(x, offset), 'data')
+  apart = jax.shard_map(summed, mesh=mesh, in_specs=(rows, whole), out_specs=whole)
+  got, want = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, q.offset) for f in (apart, squares))
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=0, atol=(I + B) * 2**-23 * float(jnp.abs(w).max()))
+
+
 @pytest.mark.parametrize(
   'change, error, message',
   [
@@ -144,6 +223,7 @@ def test_without_a_division_arrays_on_several_devices_are_left_to_xla():
     (lambda q, x: (q.replace(bits=3), x), ValueError, '256 inputs of 3 bits'),
     (lambda q, x: (q.replace(bits=5), x), ValueError, '5 bits; there are'),
     (lambda q, x: (q.replace(offset=q.offset[:-1]), x), ValueError, 'offsets .* do not fit scales'),
+    (lambda q, x: (jax.tree.map(lambda leaf: leaf[None], q), x), ValueError, 'the weight is a stack'),
     (lambda q, x: (q, x[:, 1:]), ValueError, 'x has 255 inputs, the weight 256'),
     (lambda q, x: (q, x.astype(jnp.int8)), TypeError, 'x is int8'),
     (lambda q, x: (q.replace(offset=q.offset.astype(jnp.bfloat16)), x), TypeError, 'offset of a QTensor in bfloat16'),

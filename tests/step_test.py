@@ -13,6 +13,7 @@ from qalora_jax import adapters
 from qalora_jax import optim
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
+from qalora_jax.kernels import mesh as mesh_lib
 from qalora_jax.kernels import plan
 from qalora_jax.models import linear
 from qalora_jax.models import llama
@@ -152,7 +153,7 @@ def test_only_adapters_train_and_the_base_stays_bit_identical(kind):
     ('full', 0, (1, 4, 2), None),
   ],
 )
-def test_sharded_is_unsharded(kind, bits, shape, impl):
+def test_sharded_is_unsharded(kind, bits, shape, impl, monkeypatch):
   """One step on a mesh is that of one device: XLA's products, and kernels that run in shard_map on their own parts."""
   if len(jax.devices()) < 8:
     pytest.skip('needs eight devices; tests/conftest.py asks for them on CPU')
@@ -165,6 +166,10 @@ def test_sharded_is_unsharded(kind, bits, shape, impl):
   tx = optax.sgd(1.0)
   at_state = sharding.place(jax.eval_shape(functools.partial(step_lib.init_state, tx), abstract['params']), mesh)
   rows = sharding.batch(mesh)
+  divisions, run = set(), mesh_lib.run
+  monkeypatch.setattr(
+    mesh_lib, 'run', lambda f, x, w, d, t: (divisions.add((d.inputs, d.outputs, t)), run(f, x, w, d, t))[1]
+  )
   got, metrics = one_step(
     model,
     jax.device_put(frozen, at_frozen),
@@ -178,6 +183,9 @@ def test_sharded_is_unsharded(kind, bits, shape, impl):
   )
   assert_trees_close(got.params, want.params)
   assert_trees_close(metrics, wanted)
+  # By columns and by rows, there and back; XLA's own products are not run in parts.
+  by_columns, by_rows = (None, 'tensor'), ('tensor', None)
+  assert divisions == ({(*axes, t) for axes in (by_columns, by_rows) for t in (False, True)} if impl else set())
   if shape == (2, 2, 2) and bits:
     down = at_frozen['layers']['mlp']['down_proj']['kernel']
     assert (
