@@ -46,7 +46,8 @@ def plan(product: product_lib.Product, device: product_lib.Device) -> int | None
   divided = jax.sharding.get_abstract_mesh().size > 1
   if device.platform != 'cpu' or divided or parts == 1 or (product.transposed and made % unit):
     return None
-  return min(made, math.ceil(made / parts / unit) * unit)
+  width = math.ceil(made / parts / unit) * unit
+  return width if width < made else None
 
 
 def forward(x, w: qtensor.QTensor, blocks: int | None = None, *, out_dtype, interpret=False):
