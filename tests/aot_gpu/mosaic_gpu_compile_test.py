@@ -197,7 +197,8 @@ def test_it_is_called_for_few_rows(h100):
 )
 def test_what_a_thread_makes(h100, bits, levels):
   """The compiled instructions, executed for words drawn at random, give A's registers the weights of `fragments`."""
-  w = matrix(bits, 32, 512, 128, levels)
+  # So many outputs that inputs are not split, and a loop is left to read.
+  w = matrix(bits, 32, 512, 64 * 264, levels)
   text, _ = of_kernel(h100.compile(lambda x, w: qmatmul.qmatmul(x, w, 'mosaic_gpu'), S((8, 512), jnp.bfloat16), w))
   loaded, products = executed(text)
   uses = np.zeros(len(loaded), int)

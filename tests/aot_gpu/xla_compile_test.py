@@ -73,13 +73,17 @@ def test_a_product_holds_one_dense_matrix(h100, rows):
 
 @pytest.mark.parametrize('remat', [False, True])
 def test_nothing_dense_is_kept_for_the_backward_pass(h100, remat):
-  """A scanned model grows by what its layers keep, and by no matrix; under remat a layer keeps its input alone."""
+  """A scanned model grows by what its layers keep, and by no matrix; under remat a layer keeps its input alone.
+
+  The gradients of a layer's adapters are results, but may stand in temporary memory first.
+  """
   sizes = []
   for layers in (4, 8):
     function, args = step(layers, remat)
     sizes.append(h100.compile(function, *args).temporary)
   activations = 2 * TOKENS * D if remat else kept()
-  assert 0.9 * activations <= (sizes[1] - sizes[0]) / 4 <= 1.1 * activations
+  gradients = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(adapters()))
+  assert 0.9 * activations <= (sizes[1] - sizes[0]) / 4 <= 1.1 * activations + gradients
 
 
 def decode(x, layers):
