@@ -17,12 +17,11 @@ from qalora_jax import build
 from qalora_jax import checkpoint
 from qalora_jax import cli
 from qalora_jax import config as config_lib
-from qalora_jax import optim
 from qalora_jax import packed
+from qalora_jax import program as program_lib
 from qalora_jax import progress
 from qalora_jax import quant
 from qalora_jax import quantize
-from qalora_jax import sharding
 from qalora_jax import step as step_lib
 from qalora_jax import stored
 from qalora_jax.data import batches
@@ -55,8 +54,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   config = build.adopted(config, workdir)
   built = build.setup(config)
   mesh = build.make_mesh(config)
-  sharding.check_rows(config.train.batch, config.train.accumulation, mesh)
-  sharding.place(built.abstract, mesh, config.sharding.fallback)  # refuses what does not divide
+  program_lib.make(config, built, mesh)  # refuses what does not divide
   tokenizer = build.tokenizer(config, built)
   train_data = batches.training(
     build.encode(config, config.data.train, tokenizer),
@@ -73,41 +71,20 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   if not replace_config:
     config_lib.save(config, workdir)
   built = _with_base(config, workdir, built)
-  at_frozen = sharding.place(built.abstract, mesh, config.sharding.fallback)['frozen']
-
-  rate = optim.schedule(
-    config.optim.schedule,
-    learning_rate=config.optim.learning_rate,
-    steps=config.train.steps,
-    warmup_steps=config.optim.warmup_steps,
-    end_fraction=config.optim.end_fraction,
-  )
-  tx = optim.adamw(rate, **{k: config.optim[k] for k in ('clip', 'beta1', 'beta2', 'eps', 'weight_decay')})
-  make_state = functools.partial(step_lib.init_state, tx)
-  at_state = sharding.place(jax.eval_shape(make_state, built.abstract['params']), mesh, config.sharding.fallback)
-
+  program = program_lib.make(config, built, mesh)
   # What a run that goes on began with is in its checkpoint.
   source = '' if build.is_run(workdir) else config.adapter.source
   drawn = build.variables(built, mesh, config.seed, config.sharding.fallback, workdir, begins, source)
   frozen = drawn['frozen']
-  state = jax.jit(make_state, out_shardings=at_state, donate_argnums=0)(drawn.pop('params'))
+  state = program.begin(drawn.pop('params'))
   _describe(state.params, frozen)
-  step = jax.jit(
-    sharding.over(
-      mesh, functools.partial(step_lib.train_step, built.model, tx, config.seed, config.train.accumulation)
-    ),
-    in_shardings=(at_state, at_frozen, sharding.batch(mesh)),
-    out_shardings=(at_state, sharding.replicated(mesh)),
-    donate_argnums=0,  # the state; never the frozen weights
-  )
   score = functools.partial(
     perplexity.score, built.model, examples=validation, window=config.data.window, batch=config.train.batch, mesh=mesh
   )
   with checkpoint.open_manager(workdir / build.CHECKPOINTS, config.train.keep) as manager:
     if manager.latest_step() is not None:
-      abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
       del state  # the restored one takes its room
-      state = checkpoint.restore(manager, abstract, train_data)
+      state = checkpoint.restore(manager, program.state, train_data)
       progress.console.print(f'continuing from step {int(state.step)}')
     if replace_config:
       # Only now: a checkpoint that this config cannot restore leaves the config that wrote it.
@@ -118,8 +95,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
         state,
         frozen,
         train_data,
-        step=step,
-        rate=rate,
+        program=program,
         score=score if validation else None,
         manager=manager,
         log=log,
@@ -135,14 +111,14 @@ def _with_base(config, workdir: pathlib.Path, built: build.Setup) -> build.Setup
   return build.setup(build.prepared(config, workdir))
 
 
-def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> step_lib.State:
+def _loop(config, state, frozen, data, *, program, score, manager, log) -> step_lib.State:
   settings = config.train
   done = int(state.step)
   losses, tokens, since = [], 0, time.monotonic()
   with progress.bar('training', settings.steps, start=done) as bar:
     while done < settings.steps:
       batch = next(data)
-      state, metrics = step(state, frozen, batch)
+      state, metrics = program.step(state, frozen, batch)
       done += 1
       losses.append((metrics['loss'], metrics['grad_norm']))
       tokens += np.count_nonzero(batch['segments'])
@@ -163,7 +139,7 @@ def _loop(config, state, frozen, data, *, step, rate, score, manager, log) -> st
           done,
           loss=metrics['loss'],
           grad_norm=metrics['grad_norm'],
-          learning_rate=rate(done - 1),
+          learning_rate=program.rate(done - 1),
           tokens=metrics['tokens'],
           tokens_per_second=speed,
         )

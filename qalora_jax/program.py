@@ -1,0 +1,91 @@
+"""The training program: what `qalora train` runs and `qalora plan` compiles, from a config and a mesh.
+
+Nothing large is made here: every array is a shape, a dtype and where it lies.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from qalora_jax import build
+from qalora_jax import optim
+from qalora_jax import sharding
+from qalora_jax import step as step_lib
+
+_BATCH = ('tokens', 'loss_mask', 'segments', 'positions')
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A jitted training step, and what it takes.
+
+  `step(state, frozen, batch) -> (state, metrics)` donates the state.  `state`, `frozen` and `batch` are abstract
+  arguments, each leaf with its sharding.  `rate` is the learning rate by step.
+  """
+
+  mesh: jax.sharding.Mesh
+  rate: Callable
+  tx: optax.GradientTransformation
+  step: jax.stages.Wrapped
+  state: step_lib.State
+  frozen: dict
+  batch: dict
+
+  def begin(self, params: dict) -> step_lib.State:
+    """The state before the first step, on the mesh; `params` are donated."""
+    make = functools.partial(step_lib.init_state, self.tx)
+    return jax.jit(make, out_shardings=shardings(self.state), donate_argnums=0)(params)
+
+
+def make(config: ml_collections.ConfigDict, built: build.Setup, mesh: jax.sharding.Mesh) -> Program:
+  """The program that trains `built` on `mesh` as the config says.
+
+  Raises ValueError where rows do not divide over the devices, or a weight does not over its axis.
+  """
+  sharding.check_rows(config.train.batch, config.train.accumulation, mesh)
+  rate = optim.schedule(
+    config.optim.schedule,
+    learning_rate=config.optim.learning_rate,
+    steps=config.train.steps,
+    warmup_steps=config.optim.warmup_steps,
+    end_fraction=config.optim.end_fraction,
+  )
+  tx = optim.adamw(rate, **{k: config.optim[k] for k in ('clip', 'beta1', 'beta2', 'eps', 'weight_decay')})
+  boxed = jax.eval_shape(functools.partial(step_lib.init_state, tx), built.abstract['params'])
+  state = _placed(boxed, mesh, config.sharding.fallback)
+  frozen = _placed(built.abstract['frozen'], mesh, config.sharding.fallback)
+  shape = (config.train.batch, config.data.window)
+  rows = sharding.batch(mesh)
+  step = functools.partial(step_lib.train_step, built.model, tx, config.seed, config.train.accumulation)
+  return Program(
+    mesh=mesh,
+    rate=rate,
+    tx=tx,
+    step=jax.jit(
+      sharding.over(mesh, step),
+      in_shardings=(shardings(state), shardings(frozen), rows),
+      out_shardings=(shardings(state), sharding.replicated(mesh)),
+      donate_argnums=0,  # the state; never the frozen weights
+    ),
+    state=state,
+    frozen=frozen,
+    batch={name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in _BATCH},
+  )
+
+
+def shardings(tree):
+  """The sharding of every leaf."""
+  return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _placed(boxed, mesh: jax.sharding.Mesh, fallback: str):
+  """An abstract tree out of its boxes, each leaf with its sharding."""
+  at = sharding.place(boxed, mesh, fallback)
+  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+  return jax.tree.map(place, nn.unbox(boxed), at)
