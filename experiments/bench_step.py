@@ -46,11 +46,11 @@ if not __package__:
   sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from experiments import bench_qmatmul
-from experiments import topologies
 from qalora_jax import adapters
 from qalora_jax import optim
 from qalora_jax import quant
 from qalora_jax import step as step_lib
+from qalora_jax import topologies
 from qalora_jax.kernels import product as product_lib
 from qalora_jax.models import linear
 from qalora_jax.models import llama
@@ -258,7 +258,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--rank', type=bench_qmatmul.positive, metavar='N', default=64)
   parser.add_argument('--remat', choices=sorted(llama.REMAT), default='none')
   parser.add_argument('--time-only', action='store_true')
-  parser.add_argument('--compile-for', choices=[*topologies.CHIPS, topologies.H100])
+  parser.add_argument(
+    '--compile-for', choices=[name for name, chip in topologies.CHIPS.items() if chip.platform != 'cpu']
+  )
   parser.add_argument('--out', type=pathlib.Path, metavar='PATH', help='without a suffix')
   return parser
 

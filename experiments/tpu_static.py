@@ -38,8 +38,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import topologies
 from qalora_jax import report
+from qalora_jax import topologies
 from qalora_jax.kernels import product
 from qalora_jax.kernels import tpu
 from qalora_jax.quant import qtensor
@@ -97,7 +97,7 @@ def cases() -> Iterator[Case]:
   """Training products of 4096 x 4096 and decode steps of LLaMA-7B's shapes."""
   four = [qtensor.Form(4, group) for group in (32, 64, 128)]
   others = [*(qtensor.Form(bits, 32) for bits in (8, 3, 2)), qtensor.Form(4, 64, 'nf4', offset='none')]
-  for chip in topologies.CHIPS:
+  for chip in LIMITS:
     for form in four + others:
       for kernel in KERNELS:
         yield Case(chip, kernel, form, 2048, (4096, 4096))

@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import pytest
 
-from experiments import topologies
 from experiments import tpu_static
+from qalora_jax import topologies
 from qalora_jax.quant import qtensor
 
 # Bundles 1 to 9 are the loop; all but two of them under the pipeline's guard, 4 and 5 skipped but for the first step.

@@ -26,7 +26,7 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_dump_to={_XL
 os.environ['MOSAIC_GPU_DUMP_TO'] = str(_MOSAIC)
 
 # The chip as XLA describes it, from its published facts.
-_H100 = (pathlib.Path(__file__).parent / 'h100.txtpb').read_text()
+_H100 = (pathlib.Path(__file__).parents[2] / 'qalora_jax' / 'targets' / 'h100.txtpb').read_text()
 # Others by what matters here of what differs: compute capability, multiprocessors, shared memory of one and of a block.
 _OTHERS = {
   'NVIDIA A100-SXM4-80GB': ((8, 0), 108, 164 << 10, 163 << 10),
