@@ -8,6 +8,7 @@ import sys
 
 # Imported only when called: `qalora --help` should not wait for JAX.
 _MODULES = {
+  'plan': 'qalora_jax.plan',
   'quantize': 'qalora_jax.quantize',
   'train': 'qalora_jax.train',
   'evaluate': 'qalora_jax.evaluate.command',
@@ -23,6 +24,7 @@ and folds the trained adapter back into those weights without loss (QA-LoRA).
 usage: qalora VERB [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...] [flags]
 
 The verbs, in their natural order; what one writes, the next one reads:
+  plan       what a training step takes on TPUs and GPUs that need not be here
   quantize   a dense model in, a model of 2 to 8 bits out (train can also do this as it loads)
   train      trains an adapter, or every weight; the same command again goes on where it stopped
   evaluate   perplexity and multiple choice

@@ -53,6 +53,7 @@ REPLACE = Flag('replace_config', 'bool', False, 'Let this config replace a diffe
 # What only a workdir holds; a model directory has a config.json too, Hugging Face's.
 _RUN_MARK = 'checkpoints'
 _EXAMPLES = {
+  'plan': '--config=configs/qalora_llama_7b.py --topology=h100',
   'quantize': '--config=configs/quickstart_questions.py --workdir=runs/four --config.base.method=affine',
   'train': '--config=configs/quickstart_questions.py --workdir=runs/taught --config.model.source=runs/four',
   'evaluate': '--workdir=runs/taught',

@@ -17,6 +17,7 @@ from qalora_jax import build
 from qalora_jax import optim
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
+from qalora_jax import topologies
 
 _BATCH = ('tokens', 'loss_mask', 'segments', 'positions')
 
@@ -36,6 +37,15 @@ class Program:
   state: step_lib.State
   frozen: dict
   batch: dict
+
+  @property
+  def arguments(self) -> tuple:
+    """What `step` takes, abstract."""
+    return self.state, self.frozen, self.batch
+
+  def compiled(self, platform: str) -> jax.stages.Compiled:
+    """The step compiled for the mesh's devices, which need not be here; as `topologies.compiled_for`."""
+    return topologies.compiled_for(platform, self.step, *self.arguments)
 
   def begin(self, params: dict) -> step_lib.State:
     """The state before the first step, on the mesh; `params` are donated."""

@@ -22,6 +22,7 @@ from jax.experimental import topologies as described
 import numpy as np
 
 _TARGETS = pathlib.Path(__file__).resolve().parent / 'targets'
+_NEEDED = re.compile(r'memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \([^)]*\)')
 # GPUs of one host, which share NVLink.
 _GPUS_A_HOST = 8
 
@@ -53,18 +54,25 @@ class Chip:
   least: str = ''
 
 
-# TPUs: cloud.google.com/tpu/docs, the pages of each version; H100 SXM: NVIDIA's data sheet (dense FLOPs), and the
-# memory that its driver reports.  `least` is the smallest topology that libtpu knows.
-_GIB = 2**30
+# TPUs: cloud.google.com/tpu/docs, the pages of each version, but the memory is what libtpu gives to a program; H100
+# SXM: NVIDIA's data sheet (dense FLOPs), and the memory that its driver reports.  `least` is the smallest topology that
+# libtpu knows.
 CHIPS = {
-  'v4': Chip('v4', 'tpu', 275e12, 1228e9, 32 * _GIB, 300e9, '2x2x1'),
-  'v5e': Chip('v5e', 'tpu', 197e12, 819e9, 16 * _GIB, 200e9, '2x2'),
-  'v5p': Chip('v5p', 'tpu', 459e12, 2765e9, 95 * _GIB, 600e9, '2x2x1'),
-  'v6e': Chip('v6e', 'tpu', 918e12, 1640e9, 32 * _GIB, 448e9, '2x2'),
+  'v5e': Chip('v5e', 'tpu', 197e12, 819e9, int(15.75 * 2**30), 200e9, '2x2'),
+  'v5p': Chip('v5p', 'tpu', 459e12, 2765e9, int(95.73 * 2**30), 600e9, '2x2x1'),
+  'v6e': Chip('v6e', 'tpu', 918e12, 1640e9, int(31.24 * 2**30), 448e9, '2x2'),
   'h100': Chip('h100', 'cuda', 989e12, 3352e9, 84_942_979_072, 450e9, '1'),
   'cpu': Chip('cpu', 'cpu', least='1'),
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == 'tpu')
+
+
+class Overfull(ValueError):
+  """A program that the compiler refuses because it needs `needed` bytes of a device, which has fewer."""
+
+  def __init__(self, needed: int, said: str):
+    super().__init__(f'a device cannot hold the program: it takes {needed / 2**30:.2f} GiB ({said})')
+    self.needed = needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +145,19 @@ def compiled(function, *arguments, **options) -> jax.stages.Compiled:
 def compiled_for(platform: str, jitted: jax.stages.Wrapped, *arguments) -> jax.stages.Compiled:
   """A jitted function compiled for a platform, 'tpu', 'cuda' ('gpu') or 'cpu'.
 
-  It is never put in jax's persistent cache: a program for a chip that is not there cannot be read back.
+  It is never put in jax's persistent cache: a program for a chip that is not there cannot be read back.  Raises
+  Overfull where the compiler finds that a device cannot hold it (TPU; the other compilers do not look).
   """
   lowered = jitted.trace(*arguments).lower(lowering_platforms=('cuda' if platform == 'gpu' else platform,))
   cached_from = jax.config.jax_persistent_cache_min_compile_time_secs
   jax.config.update('jax_persistent_cache_min_compile_time_secs', math.inf)
   try:
     return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    # Arguments are counted among what it calls temporaries.
+    if needed := _NEEDED.search(str(error)):
+      raise Overfull(int(float(needed[1]) * 2 ** (10 * ' KMGT'.index(needed[2]))), needed[0]) from error
+    raise
   finally:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', cached_from)
 

@@ -20,7 +20,7 @@ LAYERS = (
   ('config', 'cli', 'bases', 'build', 'adapted', 'program'),
   ('evaluate.command', 'export.command', 'generate.command'),
   ('quantize',),
-  ('train',),
+  ('train', 'plan'),
   ('__main__', 'evaluate.__main__', 'export.__main__', 'generate.__main__'),
 )
 # The only rooms that read a ConfigDict.
@@ -31,6 +31,7 @@ DOORS = {
   'build',
   'adapted',
   'program',
+  'plan',
   'train',
   'quantize',
   'generate.command',

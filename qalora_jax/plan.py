@@ -1,0 +1,376 @@
+"""`qalora plan`: what a training step takes on devices that need not be here, before any weight is read."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import dataclasses
+import math
+import pathlib
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+
+from qalora_jax import build
+from qalora_jax import cli
+from qalora_jax import collectives
+from qalora_jax import config as config_lib
+from qalora_jax import program as program_lib
+from qalora_jax import progress
+from qalora_jax import report
+from qalora_jax import sharding
+from qalora_jax import topologies
+from qalora_jax.kernels import plan as kernels
+from qalora_jax.models import llama
+
+SUMMARY = (
+  'Compiles the training step of a config for a topology that need not be here, and prints what it takes of every\n'
+  'device: memory by kind, FLOPs and bytes, the least time that each allows, and what would still fit.\n'
+  'No weights are read.  --topology: v5e:16x16, v5e (one chip), v5p:..., v6e:..., h100:8, cpu:8.'
+)
+_FLAGS = (
+  config_lib.Flag('topology', 'string', '', 'The devices: CHIP:LAYOUT, such as v5e:16x16, h100:8, cpu:8, or CHIP.'),
+  config_lib.Flag('largest', 'bool', True, 'Also search the largest micro-batch and window that fit (compiles more).'),
+  config_lib.Flag('out', 'string', None, 'Also write what is printed to this file, as JSON.'),
+)
+_KINDS = {
+  'weights': 'frozen weights',
+  'adapter': 'trained weights',
+  'optimizer': 'optimizer state',
+  'batch': 'batch',
+  'padding': 'padding of layouts',
+  'gradients': 'gradients',
+  'activations': 'activations, workspace',
+  'program': 'program',
+}
+# What limits a step.
+FLOPS, MEMORY, LINKS = 'matrix units', 'memory', 'links'
+# A window is proposed in multiples of it: the width of a TPU's registers, and a comfortable block anywhere.
+_WINDOW_STEP = 128
+# Programs compiled in search of one largest size, at most.
+_TRIES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device that a step holds at its worst moment, by kind; `host` are bytes of its host's memory.
+
+  `padding` is what the compiler's layouts add to the arguments, `activations` everything that lives within the step
+  but the gradients: what the remat policy keeps, and the largest working set of a layer.
+  """
+
+  weights: int
+  adapter: int
+  optimizer: int
+  batch: int
+  padding: int
+  gradients: int
+  activations: int
+  program: int
+  host: int
+
+  @property
+  def total(self) -> int:
+    """Of the device."""
+    return sum(dataclasses.astuple(self)) - self.host
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What one device does in a step: FLOPs of all products, bytes of its memory moved at least, bytes received.
+
+  FLOPs are counted in the traced step, recomputation included, a product of a quantized matrix as that of the dense
+  one.  Bytes: frozen weights once for every pass through the layers, trained ones twice, their gradients written and
+  read, the optimizer's state read and written, and what stands between the passes written and read.
+  """
+
+  flops: float
+  bytes: float
+  received: float
+
+  def seconds(self, chip: topologies.Chip) -> dict[str, float]:
+    """The least time that each of the chip's limits allows; those that nobody stated are left out."""
+    rates = {FLOPS: (self.flops, chip.flops), MEMORY: (self.bytes, chip.bandwidth), LINKS: (self.received, chip.link)}
+    return {name: amount / rate for name, (amount, rate) in rates.items() if rate}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A step on a topology.  `rows` a device sees at a time, `window` tokens each; `largest`: what would still fit."""
+
+  topology: topologies.Topology
+  mesh: dict[str, int]
+  rows: int
+  window: int
+  memory: Memory
+  work: Work
+  sent: dict[str, int]
+  largest: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def capacity(self) -> int:
+    """Bytes of a device; 0 where nobody states them (CPU)."""
+    return self.topology.chip.memory
+
+  @property
+  def fits(self) -> bool | None:
+    """Whether a device holds it; None where nobody states what a device has."""
+    return self.memory.total <= self.capacity if self.capacity else None
+
+  def row(self) -> dict:
+    """All of it as one flat dict for a table: bytes a device, seconds, sizes."""
+    least = self.work.seconds(self.topology.chip)
+    return {
+      'topology': str(self.topology),
+      'mesh': ' '.join(f'{axis}={size}' for axis, size in self.mesh.items() if size > 1) or 'one device',
+      'rows': self.rows,
+      'window': self.window,
+      **dataclasses.asdict(self.memory),
+      'total': self.memory.total,
+      'capacity': self.capacity or None,
+      'fits': self.fits,
+      **dataclasses.asdict(self.work),
+      **{f'{name.replace(" ", "_")}_seconds': seconds for name, seconds in least.items()},
+      **{f'largest_{name}': size for name, size in self.largest.items()},
+    }
+
+
+def main(argv=None) -> None:
+  """Runs the command with `argv` (default: the process's)."""
+  arguments = config_lib.parse('plan', argv, summary=SUMMARY, extra_flags=_FLAGS)
+  if not arguments.values['topology']:
+    raise ValueError('no --topology; for example --topology=v5e:16x16, --topology=h100:8 or --topology=cpu:8.')
+  # Accelerators that are here have other things to do.
+  jax.config.update('jax_platforms', 'cpu')
+  topology = topologies.find(arguments.values['topology'])
+  found = plan(arguments.config, topology, largest=arguments.values['largest'])
+  show(found)
+  if arguments.values['out']:
+    content = report.document(arguments.command, [found.row()])
+    report.write(pathlib.Path(arguments.values['out']), content)
+
+
+def plan(config: ml_collections.ConfigDict, topology: topologies.Topology, *, largest: bool = False) -> Plan:
+  """What a training step of `config` takes on `topology`; with `largest`, what would still fit.
+
+  Raises ValueError for a config that cannot train there, and where the topology's compiler is not installed.
+  """
+  if config.adapter.kind == 'none':
+    raise ValueError('adapter.kind = "none" trains nothing, so there is no step; use "qalora", "lora" or "full".')
+  mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES}, devices=topology.devices())
+  found = _compiled(config, topology, mesh)
+  if not (largest and found.capacity):
+    return found
+  shares = mesh.shape['data'] * mesh.shape['fsdp'] * config.train.accumulation
+
+  def with_rows(rows: int) -> Plan:
+    return _compiled(config_lib.override(config, {'train.batch': rows * shares}), topology, mesh)
+
+  def with_window(window: int) -> Plan:
+    return _compiled(config_lib.override(config, {'data.window': window}), topology, mesh)
+
+  with progress.bar('searching', 2 * (_TRIES - 1)) as bar:
+    sizes = {
+      'rows': _largest(found, found.rows, 1, with_rows, bar.advance),
+      'window': _largest(found, found.window, _WINDOW_STEP, with_window, bar.advance),
+    }
+  return dataclasses.replace(found, largest=sizes)
+
+
+def show(found: Plan) -> None:
+  """Prints a plan for people."""
+  say, memory, work = progress.console.print, found.memory, found.work
+  line = lambda label, amount, note='': say(f'  {label:24}{amount:>16}  {note}'.rstrip())
+  gibibytes = lambda count: f'{count / 2**30:.3f} GiB'
+  mesh = ', '.join(f'{axis} {size}' for axis, size in found.mesh.items())
+  say(
+    f'{found.topology}: {found.topology.count} device(s), {mesh}; {found.rows} row(s) of {found.window} tokens on each'
+  )
+  for kind, label in _KINDS.items():
+    line(label, gibibytes(getattr(memory, kind)))
+  line('a device in all', gibibytes(memory.total), _verdict(found))
+  if memory.host:
+    line('in memory of its host', gibibytes(memory.host))
+  say('a step, on every device:')
+  least = work.seconds(found.topology.chip)
+  limit = lambda name: f'at least {least[name] * 1e3:,.2f} ms' if name in least else ''
+  line('products', f'{work.flops / 1e12:.3f} TFLOP', limit(FLOPS))
+  line('its memory', f'{work.bytes / 1e9:.3f} GB', limit(MEMORY))
+  line('from other devices', f'{work.received / 1e9:.3f} GB', limit(LINKS))
+  for kind, count in found.sent.items():
+    line(f'  {kind}', f'{count / 1e9:.3f} GB')
+  if least:
+    slowest = max(least, key=least.get)
+    tokens = found.rows * found.window * _shares(found.mesh) / least[slowest]
+    line('no faster than', f'{tokens:,.0f} tokens/s', f'by its {slowest}')
+  for name, size in found.largest.items():
+    line(f'largest {name}', f'{size:,}' if size else 'none fits')
+
+
+def _verdict(found: Plan) -> str:
+  """Whether it fits, and by how much."""
+  if not found.capacity:
+    return ''
+  left = (found.capacity - found.memory.total) / 2**30
+  return f'of {found.capacity / 2**30:.1f}: ' + (
+    f'fits, {left:.2f} left' if found.fits else f'does NOT fit, {-left:.2f} over'
+  )
+
+
+def _compiled(config: ml_collections.ConfigDict, topology: topologies.Topology, mesh: jax.sharding.Mesh) -> Plan:
+  """The plan of one compiled step."""
+  built = _setup(config)
+  program = program_lib.make(config, built, mesh)
+  memory, sent = _held(program), {}
+  try:
+    compiled = program.compiled(topology.chip.platform)
+  except topologies.Overfull as full:
+    # All that is known of it is the sum.
+    memory = dataclasses.replace(memory, activations=full.needed - memory.total)
+  else:
+    memory = _within(compiled.memory_analysis(), memory)
+    for each in collectives.of(compiled.as_text()):
+      sent[each.kind] = sent.get(each.kind, 0) + each.bytes * each.times
+  rows = config.train.batch // config.train.accumulation // _shares(dict(mesh.shape))
+  return Plan(
+    topology=topology,
+    mesh=dict(mesh.shape),
+    rows=rows,
+    window=config.data.window,
+    memory=memory,
+    work=Work(
+      flops=_flops(program) / topology.count,
+      bytes=_moved(config, built.model.config, program, rows),
+      received=sum(sent.values()),
+    ),
+    sent=sent,
+  )
+
+
+def _setup(config: ml_collections.ConfigDict) -> build.Setup:
+  """The model: of a directory that is here, else as config.model.architecture says; nothing is downloaded."""
+  if config.model.source != 'scratch' and pathlib.Path(config.model.source or '.missing').is_dir():
+    return build.setup(config)
+  stated = config.model.architecture.to_dict()
+  if config.model.source != 'scratch' and stated == config_lib.default().model.architecture.to_dict():
+    raise ValueError(
+      f'model.source = {config.model.source!r} is no directory here, and config.model.architecture is the default: '
+      'plan by a recipe that states the architecture (configs/*_llama_*.py), or download the model first.'
+    )
+  return build.abstract_setup(config)
+
+
+def _held(program: program_lib.Program) -> Memory:
+  """What the shards of the arguments and the gradients take, whatever the compiler does."""
+  kinds = {
+    'weights': program.frozen,
+    'adapter': program.state.params,
+    'optimizer': (program.state.step, program.state.opt_state),
+    'batch': program.batch,
+    'gradients': program.state.params,
+  }
+  own = {kind: sum(map(_shard_bytes, _leaves(tree, host=False))) for kind, tree in kinds.items()}
+  host = sum(map(_shard_bytes, _leaves((program.frozen, program.state), host=True)))
+  return Memory(**own, padding=0, activations=0, program=0, host=host)
+
+
+def _within(stats, held: Memory) -> Memory:
+  """What is held, and what the compiler's account adds."""
+  arguments = held.total - held.gradients
+  inside = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+  gradients = min(held.gradients, inside)  # a small one is used up as it is made
+  return dataclasses.replace(
+    held,
+    padding=stats.argument_size_in_bytes - arguments,
+    gradients=gradients,
+    activations=inside - gradients,
+    program=stats.generated_code_size_in_bytes,
+    host=held.host + stats.host_temp_size_in_bytes,
+  )
+
+
+def _leaves(tree, *, host: bool) -> Iterator:
+  """The leaves in the host's memory, or in the devices'."""
+  kept = ('pinned_host', 'unpinned_host')
+  return (leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind in kept) == host)
+
+
+def _shard_bytes(leaf) -> int:
+  """Bytes of one device's part of an abstract array."""
+  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+
+def _flops(program: program_lib.Program) -> float:
+  """FLOPs of all products of a step, on all devices."""
+  with kernels.using('xla'):
+    return float(_products(program.step.trace(*program.arguments).jaxpr.jaxpr))
+
+
+def _products(jaxpr) -> int:
+  """FLOPs of the dot products of a jaxpr; a loop's as often as it turns, a branch's if it is the dearest."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      (contracted, _), _ = equation.params['dimension_numbers']
+      left, out = equation.invars[0].aval, equation.outvars[0].aval
+      total += 2 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contracted)
+      continue
+    inner = [_products(each) for each in _inside(equation.params)]
+    if inner:
+      total += (max(inner) if equation.primitive.name == 'cond' else sum(inner)) * equation.params.get('length', 1)
+  return total
+
+
+def _inside(params: dict) -> Iterator:
+  """The jaxprs among the parameters of an equation."""
+  is_jaxpr = lambda value: hasattr(getattr(value, 'jaxpr', value), 'eqns')
+  for value in params.values():
+    for each in value if isinstance(value, tuple | list) else (value,):
+      if is_jaxpr(each):
+        yield getattr(each, 'jaxpr', each)
+
+
+def _moved(config, model: llama.ModelConfig, program: program_lib.Program, rows: int) -> float:
+  """Bytes that a device moves at least in a step, as `Work` says."""
+  size = lambda tree: sum(map(_shard_bytes, jax.tree.leaves(tree)))
+  # Under 'dots' the products are kept, so that no weight is read to compute them again.
+  passes = 2 if config.model.remat in ('none', 'dots') else 3
+  weights = config.train.accumulation * passes * size(program.frozen)
+  trained = size(program.state.params) * (config.train.accumulation * passes + 4) + 2 * size(program.state.opt_state)
+  between = model.num_hidden_layers * model.hidden_size * model.dtype.itemsize
+  return weights + trained + 2 * config.train.accumulation * rows * config.data.window * between
+
+
+def _shares(mesh: dict[str, int]) -> int:
+  """Devices that share the rows."""
+  return mesh['data'] * mesh['fsdp']
+
+
+def _largest(known: Plan, size: int, unit: int, at: Callable[[int], Plan], tried: Callable[[], None]) -> int:
+  """The largest multiple of `unit` whose plan fits, as far as _TRIES programs find it; 0 where none does.
+
+  What a step holds is close to linear in its rows, and in its window: the next size is where the line through the two
+  sizes nearest to the capacity reaches it.  Only a size whose program was compiled, and fits, is returned.
+  """
+  capacity, totals = known.capacity, {size: known.memory.total}
+  # At first as if all that lives within the step grew with the size.
+  totals_at_zero = {0: known.memory.total - known.memory.activations}
+  for _ in range(_TRIES - 1):
+    fits = max((n for n, total in totals.items() if total <= capacity), default=0)
+    fails = min((n for n, total in totals.items() if total > capacity), default=math.inf)
+    points = sorted(totals.items() if len(totals) > 1 else (totals_at_zero | totals).items())
+    (n0, held0), (n1, held1) = sorted(sorted(points, key=lambda point: abs(point[1] - capacity))[:2])
+    rise = (held1 - held0) / (n1 - n0)
+    # Where nothing grows yet, far ahead.
+    guess = n0 + (capacity - held0) / rise if rise > 0 else 8 * n1
+    # Within what is known, both ends left out.
+    guess = min(max(guess // unit, fits // unit + 1), -(-fails // unit) - 1) * unit
+    if guess <= fits:
+      break
+    totals[int(guess)] = at(int(guess)).memory.total
+    tried()
+  return max((n for n, total in totals.items() if total <= capacity), default=0)
+
+
+if __name__ == '__main__':
+  cli.run(main, 'qalora plan', sys.argv[1:])
