@@ -76,7 +76,8 @@ def get_config():
       dtype='float32',
       # Storage of the frozen weights that stay dense: 'float32' or 'bfloat16'.
       frozen_dtype='float32',
-      # What the backward pass recomputes: 'none' (keep all), 'dots' (keep matmul outputs), 'full' (keep block inputs).
+      # What the backward pass recomputes: 'none' (keep all), 'dots' (keep matmul outputs), 'full' (keep block inputs),
+      # 'offload' (keep block inputs in the host's memory, where they go and come back while the device computes).
       remat='none',
       # Read only when source = 'scratch'; the names are those of Hugging Face's config.json.
       architecture=dict(

@@ -44,7 +44,7 @@ _DATASET_CHOICES = {
 CHOICES = {
   'model.dtype': _DTYPES,
   'model.frozen_dtype': _DTYPES,
-  'model.remat': ('none', 'dots', 'full'),
+  'model.remat': ('none', 'dots', 'full', 'offload'),
   'base.method': ('stored', 'affine', 'gptq', 'nf4', 'fp4', 'qat'),
   'base.bits': (8, 4, 3, 2),
   'base.zero': ('real', 'integer'),

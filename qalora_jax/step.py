@@ -80,22 +80,25 @@ def train_step(
   divided once by the number of tokens, so that the result is that of one large batch however unevenly the tokens
   fall.  Metrics: loss (nats per token), tokens, grad_norm (before clipping).
   """
-  micro_batches = jax.tree.map(functools.partial(_split, accumulation), batch)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def summed_loss(params, micro, index):
     variables = {'params': params, 'frozen': frozen}
-    rngs = {'dropout': jax.random.fold_in(key, index)}
-    nll_BT, mask_BT = token_nll(model, variables, micro, rngs)
+    nll_BT, mask_BT = token_nll(model, variables, micro, {'dropout': jax.random.fold_in(key, index)})
     return jnp.sum(nll_BT * mask_BT), jnp.sum(mask_BT)
 
-  def accumulate(total, indexed):
-    index, micro = indexed
+  def gradient(index, micro):
     (loss, tokens), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.params, micro, index)
-    return jax.tree.map(jnp.add, total, (loss, tokens, grads)), None
+    return loss, tokens, grads
 
-  zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-  (loss, tokens, grads), _ = jax.lax.scan(accumulate, zero, (jnp.arange(accumulation), micro_batches))
+  if accumulation == 1:
+    # A sum would hold the gradients twice: what was added so far, and what is added.
+    loss, tokens, grads = gradient(0, batch)
+  else:
+    micro_batches = jax.tree.map(functools.partial(_split, accumulation), batch)
+    accumulate = lambda total, indexed: (jax.tree.map(jnp.add, total, gradient(*indexed)), None)
+    zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    (loss, tokens, grads), _ = jax.lax.scan(accumulate, zero, (jnp.arange(accumulation), micro_batches))
   per_token = 1.0 / jnp.maximum(tokens, 1.0)
   grads = jax.tree.map(lambda g: g * per_token, grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -15,6 +15,7 @@ import math
 
 from flax import linen as nn
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from qalora_jax.kernels import qmatmul
@@ -22,10 +23,15 @@ from qalora_jax.models import linear
 from qalora_jax.models import pieces
 from qalora_jax.quant import qtensor
 
+# The name of a layer's input for checkpoint policies.
+INPUT = 'layer_input'
 REMAT = {
   'none': None,
   'dots': jax.checkpoint_policies.save_only_these_names(qmatmul.PRODUCT),
   'full': jax.checkpoint_policies.nothing_saveable,
+  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src='device', offload_dst='pinned_host'
+  ),
 }
 
 # The matrices of a block in the order in which data flows, by the method of Block that applies them; those of one line
@@ -312,6 +318,7 @@ class Llama(nn.Module):
 
     def layer(x_BTD, each):
       index, key, own, rest = each
+      x_BTD = ad_checkpoint.checkpoint_name(x_BTD, INPUT)
       pick = lambda stack, leaf: leaf if stack is None else qtensor.in_stack(stack, index).replace(offset=leaf)
       blank = lambda node: node is None or quantized(node)
       variables = {**own, 'frozen': jax.tree.map(pick, whole, rest, is_leaf=blank)}
