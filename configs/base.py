@@ -232,6 +232,11 @@ def get_config():
       beta2=0.999,
       eps=1e-8,
       weight_decay=0.0,
+      # How the two moments of every trained weight are held: 'float32', or 'int8' (blocks of 8-bit codes, a quarter of
+      # the bytes; arrays of fewer than 4096 entries stay float32).
+      state='float32',
+      # Whether the moments live in the host's memory, from where every step fetches them layer by layer.
+      offload=False,
     )
   )
 

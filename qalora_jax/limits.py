@@ -57,6 +57,7 @@ CHOICES = {
   'evaluate.split': ('', 'train', 'dev', 'validation', 'test'),
   'evaluate.overflow': ('error', 'cut'),
   'optim.schedule': ('constant', 'cosine', 'linear'),
+  'optim.state': ('float32', 'int8'),
   'sharding.fallback': ('error', 'replicate'),
   **{f'{name}.{key}': words for name in _DATASETS for key, words in _DATASET_CHOICES.items()},
 }

@@ -32,6 +32,8 @@ SUMMARY = (
   'Trains what config.adapter names (qalora, lora, or full) on config.data.train and keeps it in the workdir.\n'
   'Run again with the same command, it goes on from the last checkpoint as if it had never stopped.'
 )
+# The keys of config.optim that `optim.adamw` takes.
+_ADAMW = ('clip', 'beta1', 'beta2', 'eps', 'weight_decay', 'state', 'offload')
 
 
 class Diverged(ValueError):
@@ -56,6 +58,8 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   built = build.setup(config)
   mesh = build.make_mesh(config)
   sharding.check_rows(config.train.batch, config.train.accumulation, mesh)
+  offloads = {'model.remat = "offload"': config.model.remat == 'offload', 'optim.offload = True': config.optim.offload}
+  sharding.check_host_memory(mesh, [key for key, asked in offloads.items() if asked])
   sharding.place(built.abstract, mesh, config.sharding.fallback)  # refuses what does not divide
   tokenizer = build.tokenizer(config, built)
   train_data = batches.training(
@@ -82,9 +86,11 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
     warmup_steps=config.optim.warmup_steps,
     end_fraction=config.optim.end_fraction,
   )
-  tx = optim.adamw(rate, **{k: config.optim[k] for k in ('clip', 'beta1', 'beta2', 'eps', 'weight_decay')})
+  tx = optim.adamw(rate, **{k: config.optim[k] for k in _ADAMW})
   make_state = functools.partial(step_lib.init_state, tx)
   at_state = sharding.place(jax.eval_shape(make_state, built.abstract['params']), mesh, config.sharding.fallback)
+  if config.optim.offload:
+    at_state = optim.on_host(at_state)
 
   # What a run that goes on began with is in its checkpoint.
   source = '' if build.is_run(workdir) else config.adapter.source
