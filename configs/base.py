@@ -76,7 +76,8 @@ def get_config():
       dtype='float32',
       # Storage of the frozen weights that stay dense: 'float32' or 'bfloat16'.
       frozen_dtype='float32',
-      # What the backward pass recomputes: 'none' (keep all), 'dots' (keep matmul outputs), 'full' (keep block inputs).
+      # What the backward pass recomputes: 'none' (keep all), 'dots' (keep matmul outputs), 'full' (keep block inputs),
+      # 'offload' (keep block inputs in the host's memory, where they go and come back while the device computes).
       remat='none',
       # Read only when source = 'scratch'; the names are those of Hugging Face's config.json.
       architecture=dict(
@@ -231,6 +232,11 @@ def get_config():
       beta2=0.999,
       eps=1e-8,
       weight_decay=0.0,
+      # How the two moments of every trained weight are held: 'float32', or 'int8' (blocks of 8-bit codes, a quarter of
+      # the bytes; arrays of fewer than 4096 entries stay float32).
+      state='float32',
+      # Whether the moments live in the host's memory, from where every step fetches them layer by layer.
+      offload=False,
     )
   )
 

@@ -457,6 +457,6 @@ def _apply(config: llama.ModelConfig, part: str, block: dict, x_BTD) -> jax.Arra
   """What Block's method `part` makes of x, every row a document of its own."""
   B, T, _ = x_BTD.shape
   positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  context = () if part == 'feed' else (positions_BT, llama.causal_mask(B, T))
+  context = () if part == 'feed' else (positions_BT, None)
   made = llama.Block(config, linear.Scheme()).apply({'frozen': block}, x_BTD, *context, method=part)
   return made[0] if part == _WHOLE else made

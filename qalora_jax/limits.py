@@ -44,7 +44,7 @@ _DATASET_CHOICES = {
 CHOICES = {
   'model.dtype': _DTYPES,
   'model.frozen_dtype': _DTYPES,
-  'model.remat': ('none', 'dots', 'full'),
+  'model.remat': ('none', 'dots', 'full', 'offload'),
   'base.method': ('stored', 'affine', 'gptq', 'nf4', 'fp4', 'qat'),
   'base.bits': (8, 4, 3, 2),
   'base.zero': ('real', 'integer'),
@@ -57,6 +57,7 @@ CHOICES = {
   'evaluate.split': ('', 'train', 'dev', 'validation', 'test'),
   'evaluate.overflow': ('error', 'cut'),
   'optim.schedule': ('constant', 'cosine', 'linear'),
+  'optim.state': ('float32', 'int8'),
   'sharding.fallback': ('error', 'replicate'),
   **{f'{name}.{key}': words for name in _DATASETS for key, words in _DATASET_CHOICES.items()},
 }

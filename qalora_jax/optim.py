@@ -1,14 +1,22 @@
-"""The optimizer: a learning-rate schedule and AdamW behind a clip."""
+"""The optimizer: a learning-rate schedule and AdamW behind a clip; its moments in 32 or 8 bits, here or on the host."""
 
 from collections.abc import Callable
+import math
+from typing import NamedTuple
 
+from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from qalora_jax import sharding
+from qalora_jax.quant import codebooks
 from qalora_jax.quant import latent
 
 SCHEDULES = ('constant', 'cosine', 'linear')
+# Entries below which an array is not worth compressing.
+_LEAST = 4096
 
 
 def schedule(
@@ -33,14 +41,145 @@ def schedule(
 
 
 def adamw(
-  rate: Callable, *, clip: float, beta1: float, beta2: float, eps: float, weight_decay: float
+  rate: Callable,
+  *,
+  clip: float,
+  beta1: float,
+  beta2: float,
+  eps: float,
+  weight_decay: float,
+  state: str = 'float32',
+  offload: bool = False,
 ) -> optax.GradientTransformation:
   """AdamW (Loshchilov and Hutter, 2019) on gradients clipped to the global norm `clip` (0: not clipped).
 
-  Learned scales and offsets (QAT) do not decay: at 0 they would be no smaller a weight, but none.
+  Learned scales and offsets (QAT) do not decay: at 0 they would be no smaller a weight, but none.  `state`, one of
+  STATES, is how the moments are held; with `offload` they are in the host's memory, where `on_host` places them.
   """
-  update = optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=_decays)
+  if state not in STATES:
+    raise ValueError(f'optim.state = {state!r}; it is one of {tuple(STATES)}.')
+  if state == 'float32' and not offload:
+    adam = optax.scale_by_adam(beta1, beta2, eps)
+  else:
+    adam = scale_by_adam(beta1, beta2, eps, state=state, offload=offload)
+  update = optax.chain(adam, optax.add_decayed_weights(weight_decay, _decays), optax.scale_by_learning_rate(rate))
   return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update
+
+
+class Moments(NamedTuple):
+  """Adam's state: the steps taken, and for every weight the two moments as STATES holds them."""
+
+  count: jax.Array
+  mu: optax.Params
+  nu: optax.Params
+
+
+class Blocked(struct.PyTreeNode):
+  """x [..., I] as levels[codes] * absmax of its block: codes [..., I] uint8, absmax [..., I / block] float32."""
+
+  codes: jax.Array
+  absmax: jax.Array
+
+  def expand(self, levels) -> jax.Array:
+    """x in float32."""
+    blocks = jnp.asarray(levels)[self.codes.astype(jnp.int32)].reshape(*self.absmax.shape, -1)
+    return (blocks * self.absmax[..., None]).reshape(self.codes.shape)
+
+
+def compress(x, levels) -> Blocked | jax.Array:
+  """x [..., I] float32 in 8 bits by the nearest of 256 levels, in blocks along the last axis (Dettmers et al., 2022).
+
+  What is above 0 never becomes 0 where the levels have no sign, for it is divided by.  Arrays of fewer than 4096
+  entries, as in the paper, and those that no block divides stay as they are.
+  """
+  block = block_of(x.shape)
+  if not block:
+    return x
+  blocks = x.reshape(*x.shape[:-1], -1, block)
+  absmax = jnp.abs(blocks).max(-1)
+  codes = codebooks.nearest(levels, blocks / jnp.where(absmax == 0, 1.0, absmax)[..., None])
+  if levels[0] == 0:
+    codes = jnp.where(blocks > 0, jnp.maximum(codes, 1), codes)
+  return Blocked(codes.astype(jnp.uint8).reshape(x.shape), absmax)
+
+
+def compressed_zeros(like, levels) -> Blocked | jax.Array:
+  """`compress` of zeros in the shape of `like`."""
+  block = block_of(like.shape)
+  if not block:
+    return jnp.zeros(like.shape)
+  code = int(np.flatnonzero(levels == 0)[0])
+  return Blocked(jnp.full(like.shape, code, jnp.uint8), jnp.zeros((*like.shape[:-1], like.shape[-1] // block)))
+
+
+def block_of(shape: tuple[int, ...]) -> int:
+  """The entries along the last axis that share a constant, 16 to 256 of them; 0 where nothing is to be gained.
+
+  Of the divisors from 64 on that whose blocks halve most often, so that they divide over as many devices as the axis.
+  """
+  fits = [size for size in range(16, 257) if shape and shape[-1] % size == 0]
+  if math.prod(shape) < _LEAST or not fits:
+    return 0
+  halves = lambda count: count & -count
+  return max(fits, key=lambda size: (min(size, 64), halves(shape[-1] // size), size))
+
+
+# How moments are held, given their levels: (what is kept of zeros like a weight; of an array; the array again).
+STATES = {
+  'float32': (lambda like, levels: jnp.zeros(like.shape), lambda x, levels: x, lambda kept, levels: kept),
+  'int8': (compressed_zeros, compress, lambda kept, levels: kept.expand(levels) if isinstance(kept, Blocked) else kept),
+}
+
+
+def scale_by_adam(beta1: float, beta2: float, eps: float, *, state: str, offload: bool) -> optax.GradientTransformation:
+  """`optax.scale_by_adam` whose moments are held as STATES says, and with `offload` in the host's memory.
+
+  Of the second moment the root is held, which has half its decades.  Weights are gone through one after the other, and
+  a stack of layers layer by layer, in place: no more than a layer's moments are ever wide, or on the device.
+  """
+  zero, keep, made = STATES[state]
+  levels = codebooks.DYNAMIC, codebooks.DYNAMIC_UNSIGNED
+  move = (lambda tree, space: jax.device_put(tree, space)) if offload else (lambda tree, space: tree)
+
+  def init(params):
+    blank = lambda levels: jax.tree.map(lambda p: move(zero(p, levels), jax.memory.Space.Host), params)
+    return Moments(jnp.zeros((), jnp.int32), blank(levels[0]), blank(levels[1]))
+
+  def update(grads, moments, params=None):
+    del params
+    count = optax.safe_increment(moments.count)
+    rise = [1 - beta**count for beta in (beta1, beta2)]
+
+    def one(g, *held):
+      mu, root = (made(x, own) for x, own in zip(move(held, jax.memory.Space.Device), levels, strict=True))
+      mu, nu = beta1 * mu + (1 - beta1) * g, beta2 * jnp.square(root) + (1 - beta2) * jnp.square(g)
+      held = tuple(keep(x, own) for x, own in zip((mu, jnp.sqrt(nu)), levels, strict=True))
+      return mu / rise[0] / (jnp.sqrt(nu / rise[1]) + eps), *move(held, jax.memory.Space.Host)
+
+    each = [jax.tree.structure(grads).flatten_up_to(tree) for tree in (grads, moments.mu, moments.nu)]
+    found = [_by_layer(one, *leaves) if leaves[0].ndim > 2 else one(*leaves) for leaves in zip(*each, strict=True)]
+    trees = [jax.tree.unflatten(jax.tree.structure(grads), leaves) for leaves in zip(*found, strict=True)]
+    return trees[0], Moments(count, *trees[1:])
+
+  return optax.GradientTransformation(init, update)
+
+
+def on_host(state):
+  """The shardings `state` of a training state, with those of `Moments` in the host's memory; made for `offload`."""
+  is_moments = lambda node: isinstance(node, Moments)
+  hosted = lambda node: node._replace(mu=sharding.on_host(node.mu), nu=sharding.on_host(node.nu))
+  place = lambda node: hosted(node) if is_moments(node) else node
+  return jax.tree.map(place, state, is_leaf=is_moments)
+
+
+def _by_layer(function: Callable, *stacks):
+  """function(*(one layer of each stack)) -> as many things alike, written where they were read."""
+
+  def layer(index, stacks):
+    made = function(*jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacks))
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, index, 0), stacks, made)
+
+  return jax.lax.fori_loop(0, len(stacks[0]), layer, stacks)
 
 
 def _decays(params):

@@ -19,6 +19,8 @@ from qalora_jax import sharding
 from qalora_jax import step as step_lib
 from qalora_jax import topologies
 
+# The keys of config.optim that `optim.adamw` takes.
+_ADAMW = ('clip', 'beta1', 'beta2', 'eps', 'weight_decay', 'state', 'offload')
 _BATCH = ('tokens', 'loss_mask', 'segments', 'positions')
 
 
@@ -66,10 +68,12 @@ def make(config: ml_collections.ConfigDict, built: build.Setup, mesh: jax.shardi
     warmup_steps=config.optim.warmup_steps,
     end_fraction=config.optim.end_fraction,
   )
-  tx = optim.adamw(rate, **{k: config.optim[k] for k in ('clip', 'beta1', 'beta2', 'eps', 'weight_decay')})
+  tx = optim.adamw(rate, **{key: config.optim[key] for key in _ADAMW})
   boxed = jax.eval_shape(functools.partial(step_lib.init_state, tx), built.abstract['params'])
-  state = _placed(boxed, mesh, config.sharding.fallback)
-  frozen = _placed(built.abstract['frozen'], mesh, config.sharding.fallback)
+  at_state = sharding.place(boxed, mesh, config.sharding.fallback)
+  state = _placed(boxed, optim.on_host(at_state) if config.optim.offload else at_state)
+  frozen = built.abstract['frozen']
+  frozen = _placed(frozen, sharding.place(frozen, mesh, config.sharding.fallback))
   shape = (config.train.batch, config.data.window)
   rows = sharding.batch(mesh)
   step = functools.partial(step_lib.train_step, built.model, tx, config.seed, config.train.accumulation)
@@ -94,8 +98,7 @@ def shardings(tree):
   return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def _placed(boxed, mesh: jax.sharding.Mesh, fallback: str):
-  """An abstract tree out of its boxes, each leaf with its sharding."""
-  at = sharding.place(boxed, mesh, fallback)
+def _placed(boxed, at):
+  """An abstract tree out of its boxes, each leaf with its sharding in `at`."""
   place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
   return jax.tree.map(place, nn.unbox(boxed), at)

@@ -1,6 +1,7 @@
 """The mesh, the one table from logical to mesh axes, and `place`."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 import math
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from qalora_jax.models import linear
 
+# The kind of the host's memory that devices reach.
+HOST = 'pinned_host'
 AXES = ('data', 'fsdp', 'tensor')
 
 # Rows are split over data and fsdp; weights over fsdp along the model's width and over tensor along heads, mlp and
@@ -69,6 +72,21 @@ def place(abstract, mesh: jax.sharding.Mesh, fallback: str = 'error'):
     )
 
   return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=boxed)
+
+
+def on_host(shardings):
+  """`shardings`, a tree of them, with every leaf in the host's memory that its device reads and writes by itself."""
+  return jax.tree.map(lambda at: at.with_memory_kind(HOST), shardings)
+
+
+def check_host_memory(mesh: jax.sharding.Mesh, keys: Sequence[str]) -> None:
+  """ValueError that names the settings `keys`, if any, where the mesh's devices reach no memory of the host."""
+  device = mesh.local_devices[0]
+  if keys and HOST not in {memory.kind for memory in device.addressable_memories()}:
+    raise ValueError(
+      f'{" and ".join(keys)}: {device.device_kind} does not reach the memory of its host ({HOST!r}) through this JAX; '
+      'set model.remat = "full" and optim.offload = False.'
+    )
 
 
 def over(mesh: jax.sharding.Mesh | None, function: Callable) -> Callable:

@@ -1,6 +1,6 @@
 """The training step: state, loss and update as pure functions.  No mesh, no config, no disk.
 
-B rows, T time, V vocabulary, A micro-batches.
+B rows, T time, N pieces of it of P tokens, D model, V vocabulary, A micro-batches.
 """
 
 import functools
@@ -10,6 +10,12 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
+
+from qalora_jax.models import linear
+from qalora_jax.models import pieces
+
+# Bytes of float32 logits that a device makes at once.
+LOGITS = 2**26
 
 
 class State(struct.PyTreeNode):
@@ -25,22 +31,43 @@ def init_state(tx: optax.GradientTransformation, params: dict) -> State:
   return State(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
 
 
-def token_nll(logits_BTV, batch: dict) -> tuple[jax.Array, jax.Array]:
-  """-log p(token t | tokens before it in its segment) [B, T-1] in nats, and the mask of the targets that count.
+def token_nll(model: nn.Module, variables: dict, batch: dict, rngs: dict | None = None) -> tuple[jax.Array, jax.Array]:
+  """-log p(token t + 1 | tokens up to t in its segment) [B, T] in nats, and the mask of the targets that count.
 
-  A target counts where its loss_mask is 1 and its predecessor in the row belongs to the same segment.
+  A target counts where its loss_mask is 1 and its predecessor in the row belongs to the same segment; the last place
+  of a row has no target.  Logits are made of one piece of the tokens after another, forward and backward, so that no
+  more than LOGITS bytes of them stand on a device at once.  With several pieces each has its own dropout in the head.
   """
-  targets_BT = batch['tokens'][:, 1:]
-  same = batch['segments'][:, 1:] == batch['segments'][:, :-1]
-  mask_BT = (batch['loss_mask'][:, 1:] * same * (batch['segments'][:, 1:] > 0)).astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits_BTV[:, :-1], targets_BT[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits_BTV[:, :-1], axis=-1) - chosen, mask_BT
+  tokens_BT, segments_BT = batch['tokens'], batch['segments']
+  x_BTD = model.apply(variables, tokens_BT, segments_BT, batch['positions'], rngs=rngs, method='hidden')
+  following = lambda x_BT: jnp.pad(x_BT[:, 1:], [(0, 0), (0, 1)])
+  mask_BT = following(batch['loss_mask']) * (following(segments_BT) == segments_BT) * (following(segments_BT) > 0)
+
+  def nll(x_BPD, targets_BP, rngs):
+    logits_BPV = model.apply(variables, x_BPD, rngs=rngs, method='head')
+    chosen_BP1 = jnp.take_along_axis(logits_BPV, targets_BP[..., None], axis=-1)
+    return jax.nn.logsumexp(logits_BPV, axis=-1) - chosen_BP1[..., 0]
+
+  rows, count = tokens_BT.shape
+  vocabulary = model.config.vocab_size
+  of_one = pieces.local(linear.ROWS, rows) * pieces.local('vocab', vocabulary) * jnp.dtype(jnp.float32).itemsize
+  size = pieces.length(count, of_one, LOGITS)
+  targets_BT = following(tokens_BT)
+  if size == count:
+    return nll(x_BTD, targets_BT, rngs), mask_BT.astype(jnp.float32)
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def piece(index, x_BPD, targets_BP):
+    return nll(x_BPD, targets_BP, {name: jax.random.fold_in(key, index) for name, key in (rngs or {}).items()})
+
+  cut = pieces.cut(x_BTD, size), pieces.cut(targets_BT, size)
+  nll_NBP = jax.lax.scan(lambda _, each: (None, piece(*each)), None, (jnp.arange(len(cut[0])), *cut))[1]
+  return pieces.joined(nll_NBP, count), mask_BT.astype(jnp.float32)
 
 
 def score_rows(model: nn.Module, variables: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
   """The summed negative log-likelihood [B] of every row's targets, in nats, and their number [B]."""
-  logits = model.apply(variables, batch['tokens'], batch['segments'], batch['positions'])
-  nll_BT, mask_BT = token_nll(logits, batch)
+  nll_BT, mask_BT = token_nll(model, variables, batch)
   return jnp.sum(nll_BT * mask_BT, axis=-1), jnp.sum(mask_BT, axis=-1)
 
 
@@ -53,23 +80,25 @@ def train_step(
   divided once by the number of tokens, so that the result is that of one large batch however unevenly the tokens
   fall.  Metrics: loss (nats per token), tokens, grad_norm (before clipping).
   """
-  micro_batches = jax.tree.map(functools.partial(_split, accumulation), batch)
   key = jax.random.fold_in(jax.random.key(seed), state.step)
 
   def summed_loss(params, micro, index):
     variables = {'params': params, 'frozen': frozen}
-    rngs = {'dropout': jax.random.fold_in(key, index)}
-    logits = model.apply(variables, micro['tokens'], micro['segments'], micro['positions'], rngs=rngs)
-    nll_BT, mask_BT = token_nll(logits, micro)
+    nll_BT, mask_BT = token_nll(model, variables, micro, {'dropout': jax.random.fold_in(key, index)})
     return jnp.sum(nll_BT * mask_BT), jnp.sum(mask_BT)
 
-  def accumulate(total, indexed):
-    index, micro = indexed
+  def gradient(index, micro):
     (loss, tokens), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.params, micro, index)
-    return jax.tree.map(jnp.add, total, (loss, tokens, grads)), None
+    return loss, tokens, grads
 
-  zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-  (loss, tokens, grads), _ = jax.lax.scan(accumulate, zero, (jnp.arange(accumulation), micro_batches))
+  if accumulation == 1:
+    # A sum would hold the gradients twice: what was added so far, and what is added.
+    loss, tokens, grads = gradient(0, batch)
+  else:
+    micro_batches = jax.tree.map(functools.partial(_split, accumulation), batch)
+    accumulate = lambda total, indexed: (jax.tree.map(jnp.add, total, gradient(*indexed)), None)
+    zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    (loss, tokens, grads), _ = jax.lax.scan(accumulate, zero, (jnp.arange(accumulation), micro_batches))
   per_token = 1.0 / jnp.maximum(tokens, 1.0)
   grads = jax.tree.map(lambda g: g * per_token, grads)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)

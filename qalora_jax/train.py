@@ -22,6 +22,7 @@ from qalora_jax import program as program_lib
 from qalora_jax import progress
 from qalora_jax import quant
 from qalora_jax import quantize
+from qalora_jax import sharding
 from qalora_jax import step as step_lib
 from qalora_jax import stored
 from qalora_jax.data import batches
@@ -55,6 +56,8 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   built = build.setup(config)
   mesh = build.make_mesh(config)
   program_lib.make(config, built, mesh)  # refuses what does not divide
+  offloads = {'model.remat = "offload"': config.model.remat == 'offload', 'optim.offload = True': config.optim.offload}
+  sharding.check_host_memory(mesh, [key for key, asked in offloads.items() if asked])
   tokenizer = build.tokenizer(config, built)
   train_data = batches.training(
     build.encode(config, config.data.train, tokenizer),

@@ -1,7 +1,7 @@
 """LLaMA 1, 2 and 3 (Touvron et al., 2023; Dubey et al., 2024) as functional linen modules.
 
-B batch, T time, P places in it, S time of the past, D model, F mlp, H heads, K key/value heads, C head width, V
-vocabulary.
+B batch, T time, P places in it, N pieces of it, S time of the past or of the keys, D model, F mlp, H heads, K key/value
+heads, C head width, V vocabulary.
 
 Generation keeps the keys and values of earlier tokens in a collection of their own, in the tree of the layers:
 
@@ -10,20 +10,28 @@ Generation keeps the keys and values of earlier tokens in a collection of their 
 """
 
 import dataclasses
+import functools
 import math
 
 from flax import linen as nn
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from qalora_jax.kernels import qmatmul
 from qalora_jax.models import linear
+from qalora_jax.models import pieces
 from qalora_jax.quant import qtensor
 
+# The name of a layer's input for checkpoint policies.
+INPUT = 'layer_input'
 REMAT = {
   'none': None,
   'dots': jax.checkpoint_policies.save_only_these_names(qmatmul.PRODUCT),
   'full': jax.checkpoint_policies.nothing_saveable,
+  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src='device', offload_dst='pinned_host'
+  ),
 }
 
 # The matrices of a block in the order in which data flows, by the method of Block that applies them; those of one line
@@ -34,6 +42,8 @@ SEQUENCE = {
 }
 # Collections of keys and values: those of earlier tokens, those of the tokens at hand.
 PAST, PRESENT = 'past', 'present'
+# Bytes of float32 attention scores that a device makes at once.
+SCORES = 2**26
 MATRICES = tuple(matrix for steps in SEQUENCE.values() for alike in steps for matrix in alike)
 
 
@@ -126,7 +136,7 @@ class Attention(nn.Module):
   scheme: linear.Scheme
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, mask_B1TT):
+  def __call__(self, x_BTD, positions_BT, segments_BT):
     c = self.config
     B, T, _ = x_BTD.shape
 
@@ -143,9 +153,10 @@ class Attention(nn.Module):
         self.put_variable(PRESENT, name, value.swapaxes(1, 2))
     if self.has_variable(PAST, 'k'):
       past = self.get_variable(PAST, 'k'), self.get_variable(PAST, 'v')
-      y_BTHC = attend_to_past(q_BTHC, k_BTKC, v_BTKC, mask_B1TT, *past, positions_BT[:, 0])
+      mask = visible(jnp.arange(T), jnp.arange(T), segments_BT, segments_BT)
+      y_BTHC = attend_to_past(q_BTHC, k_BTKC, v_BTKC, mask, *past, positions_BT[:, 0])
     else:
-      y_BTHC = jax.nn.dot_product_attention(q_BTHC, k_BTKC, v_BTKC, mask=mask_B1TT)
+      y_BTHC = attend(q_BTHC, k_BTKC, v_BTKC, segments_BT)
     y = y_BTHC.reshape(B, T, -1)
     return linear.Linear(c.hidden_size, ('heads', 'embed'), self.scheme, name='o_proj')(y)
 
@@ -195,16 +206,16 @@ class Block(nn.Module):
     self.mlp_norm = RMSNorm(self.config.rms_norm_eps, self.scheme)
     self.mlp = MLP(self.config, self.scheme)
 
-  def attend(self, x_BTD, positions_BT, mask_B1TT):
+  def attend(self, x_BTD, positions_BT, segments_BT):
     """x + attention(norm(x))."""
-    return x_BTD + self.attention(self.attention_norm(x_BTD), positions_BT, mask_B1TT)
+    return x_BTD + self.attention(self.attention_norm(x_BTD), positions_BT, segments_BT)
 
   def feed(self, x_BTD):
     """x + mlp(norm(x))."""
     return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
-  def __call__(self, x_BTD, positions_BT, mask_B1TT):
-    return self.feed(self.attend(x_BTD, positions_BT, mask_B1TT)), None
+  def __call__(self, x_BTD, positions_BT, segments_BT):
+    return self.feed(self.attend(x_BTD, positions_BT, segments_BT)), None
 
 
 class Llama(nn.Module):
@@ -219,33 +230,49 @@ class Llama(nn.Module):
   config: ModelConfig
   scheme: linear.Scheme = linear.Scheme()
 
-  @nn.compact
-  def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, only_BP=None):
+  def setup(self):
     c = self.config
-    B, T = tokens_BT.shape
-    if positions_BT is None:
-      positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    mask_B1TT = causal_mask(B, T, segments_BT)
     init = linear.dense_init(
       self.scheme, nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), ('vocab', 'embed')
     )
-    embedding_VD = linear.weight(self, self.scheme, 'embedding', init)
-    x_BTD = embedding_VD[tokens_BT].astype(c.dtype)
-    run = self._born if self.is_initializing() else self._through
-    x_BTD = run(x_BTD, positions_BT, mask_B1TT)
+    self.embedding_VD = linear.weight(self, self.scheme, 'embedding', init)
+    if self.is_initializing():
+      for name, layers in self._newborn().items():
+        setattr(self, name, layers)
+    self.norm = RMSNorm(c.rms_norm_eps, self.scheme)
+    if not c.tie_word_embeddings:
+      self.lm_head = linear.Linear(c.vocab_size, ('embed', 'vocab'), self.scheme)
+
+  def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, only_BP=None):
+    x_BTD = self.hidden(tokens_BT, segments_BT, positions_BT)
     if only_BP is not None:
       x_BTD = jnp.take_along_axis(x_BTD, only_BP[:, :, None], axis=1)
-    x_BTD = RMSNorm(c.rms_norm_eps, self.scheme, name='norm')(x_BTD)
+    return self.head(x_BTD)
+
+  def hidden(self, tokens_BT, segments_BT=None, positions_BT=None):
+    """What the layers make of tokens, [B, T, D]: all of the model but `head`."""
+    B, T = tokens_BT.shape
+    if positions_BT is None:
+      positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    x_BTD = self.embedding_VD[tokens_BT].astype(self.config.dtype)
+    run = self._born if self.is_initializing() else self._through
+    return run(x_BTD, positions_BT, segments_BT)
+
+  def head(self, x_BPD):
+    """The last norm and the logits [B, P, V] of what `hidden` made of P tokens; each depends on its own token alone."""
+    c = self.config
+    x_BPD = self.norm(x_BPD)
     if c.tie_word_embeddings:
-      logits = jnp.dot(x_BTD, embedding_VD.T.astype(c.dtype), preferred_element_type=jnp.float32)
+      logits = jnp.dot(x_BPD, self.embedding_VD.T.astype(c.dtype), preferred_element_type=jnp.float32)
     else:
-      logits = linear.Linear(c.vocab_size, ('embed', 'vocab'), self.scheme, name='lm_head')(x_BTD)
+      logits = self.lm_head(x_BPD)
     return logits.astype(jnp.float32)
 
-  def _born(self, x_BTD, *context):
+  def _newborn(self) -> dict[str, nn.Module]:
     """The layers as modules that draw their weights: one scanned for every run of neighbours that are alike."""
     c = self.config
     starts = self.scheme.starts(c.num_hidden_layers, MATRICES)
+    made = {}
     for name, start, stop in zip(linear.stacks(starts), starts, [*starts[1:], c.num_hidden_layers], strict=True):
       scanned = nn.scan(
         Block,
@@ -255,7 +282,13 @@ class Llama(nn.Module):
         in_axes=nn.broadcast,
         metadata_params={nn.PARTITION_NAME: 'layers'},
       )
-      x_BTD, _ = scanned(c, self.scheme, name=name)(x_BTD, *context)
+      made[name] = scanned(c, self.scheme)
+    return made
+
+  def _born(self, x_BTD, *context):
+    """x through the layers that draw their weights."""
+    for name in linear.stacks(self.scheme.starts(self.config.num_hidden_layers, MATRICES)):
+      x_BTD, _ = getattr(self, name)(x_BTD, *context)
     return x_BTD
 
   def _through(self, x_BTD, *context):
@@ -285,11 +318,12 @@ class Llama(nn.Module):
 
     def layer(x_BTD, each):
       index, key, own, rest = each
+      x_BTD = ad_checkpoint.checkpoint_name(x_BTD, INPUT)
       pick = lambda stack, leaf: leaf if stack is None else qtensor.in_stack(stack, index).replace(offset=leaf)
       blank = lambda node: node is None or quantized(node)
       variables = {**own, 'frozen': jax.tree.map(pick, whole, rest, is_leaf=blank)}
       rngs = {'dropout': key} if drops else {}
-      block = Block(c, self.scheme)
+      block = Block(c, self.scheme, parent=None)
       (x_BTD, _), made = block.apply(variables, x_BTD, *context, rngs=rngs, mutable=[PRESENT] if remembers else [])
       return x_BTD, made.get(PRESENT)
 
@@ -302,9 +336,39 @@ class Llama(nn.Module):
     return x_BTD
 
 
-def causal_mask(rows: int, length: int, segments_BT=None) -> jax.Array:
-  """[B, 1, T, T], true where a token sees another: one before it or itself, of its own segment."""
-  mask_B1TT = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool))[None, None], (rows, 1, length, length))
+def visible(query_T, key_S, segments_BT=None, segments_BS=None) -> jax.Array:
+  """[B, 1, T, S] (B = 1 without segments), true where a query sees a key: one not after it, of its own segment.
+
+  `query_T`, `key_S`: places in the row.
+  """
+  seen_11TS = (key_S[None, :] <= query_T[:, None])[None, None]
   if segments_BT is None:
-    return mask_B1TT
-  return mask_B1TT & (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return seen_11TS
+  return seen_11TS & (segments_BT[:, :, None] == segments_BS[:, None, :])[:, None]
+
+
+def attend(q_BTHC, k_BTKC, v_BTKC, segments_BT=None) -> jax.Array:
+  """Causal attention [B, T, H, C] within segments; never more than SCORES bytes of float32 scores on a device.
+
+  Where scores [B, H, T, T] would take more, queries go through in blocks, each against all keys, and the backward pass
+  makes the scores of a block again.  The gradients of keys and values are added over the blocks in float32.
+  """
+  B, T, H, _ = q_BTHC.shape
+  places_T = jnp.arange(T)
+  of_one = pieces.local(linear.ROWS, B) * pieces.local('heads', H) * T * 4
+  size = pieces.length(T, of_one, SCORES)
+  if size == T:
+    mask = visible(places_T, places_T, segments_BT, segments_BT)
+    return jax.nn.dot_product_attention(q_BTHC, k_BTKC, v_BTKC, mask=mask)
+  # Read in their own dtype, so that only gradients, which are added block by block, are float32.
+  wide = k_BTKC.astype(jnp.float32), v_BTKC.astype(jnp.float32)
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def block(wide, q_BPHC, places_1P, segments_BP):
+    k, v = (x.astype(k_BTKC.dtype) for x in wide)
+    mask = visible(places_1P[0], places_T, segments_BP, segments_BT)
+    return jax.nn.dot_product_attention(q_BPHC, k, v, mask=mask)
+
+  queries = jax.tree.map(lambda x: pieces.cut(x, size), (q_BTHC, places_T[None], segments_BT))
+  y_NBPHC = jax.lax.scan(lambda _, queries: (None, block(wide, *queries)), None, queries)[1]
+  return pieces.joined(y_NBPHC, T)

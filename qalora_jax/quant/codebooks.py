@@ -33,25 +33,28 @@ FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -
 CODEBOOKS = {'nf4': NF4, 'fp4': FP4}
 
 
-def _dynamic() -> np.ndarray:
-  """The signed 8-bit dynamic map (Dettmers, 2015): decades 10^-6 .. 10^0, each with twice the fractions of the last.
+def _dynamic(signed: bool) -> np.ndarray:
+  """The 8-bit dynamic map (Dettmers, 2015): decades 10^-6 .. 10^0, each with twice the fractions of the last.
 
-  In the arithmetic of torch.linspace in float32: edges are counted from the nearer end, and rounded once.
+  Without a sign there are twice as many fractions in each.  In the arithmetic of torch.linspace in float32: edges are
+  counted from the nearer end, and rounded once.
   """
   first, last = np.float32(0.1), np.float32(1)
   levels = [0.0, 1.0]
   for decade in range(7):
-    count = 2**decade
+    count = 2 ** (decade + (not signed))
     step = (last - first) / np.float32(count)
     index = np.arange(count + 1, dtype=np.float64)
     edges = np.where(index < (count + 1) // 2, first + step * index, last - step * (count - index)).astype(np.float32)
     values = np.float32(10.0 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
-    levels += [*values, *-values]
+    levels += [*values, *-values] if signed else [*values]
   return np.sort(np.array(levels, np.float32))
 
 
-# 256 levels in increasing order; double quantization's map of block constants.
-DYNAMIC = _dynamic()
+# 256 levels in increasing order; double quantization's map of block constants, and Adam's of first moments.
+DYNAMIC = _dynamic(signed=True)
+# 256 levels from 0; Adam's of second moments.
+DYNAMIC_UNSIGNED = _dynamic(signed=False)
 
 
 def nearest(levels: np.ndarray, values) -> jax.Array:

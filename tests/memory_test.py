@@ -1,0 +1,159 @@
+"""What keeps a step small changes nothing: logits and attention by pieces.  And it is small: compiled programs."""
+
+import dataclasses
+import functools
+
+from flax import linen as nn
+import hypothesis
+from hypothesis import strategies
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import step_test
+
+from qalora_jax import adapters
+from qalora_jax import sharding
+from qalora_jax import step as step_lib
+from qalora_jax.models import linear
+from qalora_jax.models import llama
+from qalora_jax.models import pieces
+from qalora_jax.quant import affine
+
+HEADS = {
+  'trained': (False, linear.Scheme(trains=True)),
+  'tied, trained': (True, linear.Scheme(trains=True)),
+  'quantized, adapted': (
+    False,
+    linear.Scheme(
+      quantizers=(('.', affine.Affine(4, 16)),), adapter=adapters.Adapter('qalora', 4, 8.0), adapted='lm_head|v_proj'
+    ),
+  ),
+}
+# A prime, so that pieces never divide it; a vocabulary that is the size of nothing else.
+T, V = 11, 80
+
+
+@hypothesis.given(
+  size=strategies.integers(1, 40),
+  one=strategies.integers(1, 9),
+  limit=strategies.integers(1, 200),
+  rows=strategies.integers(1, 3),
+)
+@hypothesis.settings(deadline=None, max_examples=60)
+def test_pieces_join_to_the_whole_and_keep_the_limit(size, one, limit, rows):
+  length = pieces.length(size, one, limit)
+  assert length * one <= limit or length == 1
+  x = np.arange(rows * size * 2).reshape(rows, size, 2)
+  cut = pieces.cut(x, length)
+  assert cut.shape[1:] == (rows, length, 2)
+  np.testing.assert_array_equal(pieces.joined(cut, size), x)
+  # Fewest pieces, and as even as they can be.
+  assert (size <= max(1, limit // one)) == (length == size)
+
+
+def test_a_device_holds_its_part():
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  found = lambda: (
+    pieces.local(linear.ROWS, 8),
+    pieces.local('vocab', 6),
+    pieces.local('heads', 3),
+    pieces.local('norm', 5),
+  )
+  assert found() == (8, 6, 3, 5)
+  assert sharding.over(mesh, found)() == (2, 3, 3, 5)
+
+
+def limited(monkeypatch, logits: int, queries: int):
+  """So many logits of a row, and scores of so many queries, at most at once on one device."""
+  monkeypatch.setattr(step_lib, 'LOGITS', step_test.ROWS * logits * 4)
+  monkeypatch.setattr(llama, 'SCORES', step_test.ROWS * queries * step_test.CONFIG.num_attention_heads * T * 4)
+
+
+def plain_loss(model, params, frozen, batch):
+  """The summed loss of all logits at once, by its definition."""
+  variables = {'params': params, 'frozen': frozen}
+  logits = model.apply(variables, batch['tokens'], batch['segments'], batch['positions'])[:, :-1]
+  targets, segments = batch['tokens'][:, 1:], batch['segments']
+  counts = (batch['loss_mask'][:, 1:] == 1) & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+  log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+  return -jnp.sum(log_p * counts)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_the_loss_by_pieces_is_the_plain_one(head, monkeypatch):
+  """Value and gradients of every trained weight; pieces of 4 tokens, blocks of 3 queries, of rows of 11."""
+  tied, scheme = HEADS[head]
+  model = llama.Llama(dataclasses.replace(step_test.CONFIG, vocab_size=V, tie_word_embeddings=tied), scheme)
+  variables = {'frozen': {}, **nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))}
+  move = lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape)
+  params, frozen = jax.tree.map(move, variables['params']), variables['frozen']
+  assert head != 'quantized, adapted' or sorted(params) == ['layers', 'lm_head']
+  batch = jax.tree.map(lambda x: x[:, :T], step_test.a_batch())
+  wanted = jax.jit(jax.value_and_grad(functools.partial(plain_loss, model)))(params, frozen, batch)
+  limited(monkeypatch, 4 * V, queries=3)
+
+  def by_pieces(params):
+    return step_lib.score_rows(model, {'params': params, 'frozen': frozen}, batch)[0].sum()
+
+  got = jax.jit(jax.value_and_grad(by_pieces))
+  text = str(jax.make_jaxpr(got)(params))
+  assert f'f32[{step_test.ROWS},4,{V}]' in text
+  assert f'f32[{step_test.ROWS},{T},{V}]' not in text
+  assert f'f32[{step_test.ROWS},4,{T},{T}]' not in text
+  step_test.assert_trees_close(got(params), wanted)
+
+
+def test_pieces_on_a_mesh_are_those_of_one_device(monkeypatch):
+  """The limit is a device's: with a quarter of the rows and half of the vocabulary it takes eight times the tokens."""
+  model, frozen, params = step_test.born('qalora')
+  batch = jax.tree.map(lambda x: x[:, :T], step_test.a_batch())
+  want, wanted = step_test.one_step(model, frozen, params, batch)
+  limited(monkeypatch, step_test.CONFIG.vocab_size, queries=1)
+  mesh, tx = sharding.make_mesh(data=2, fsdp=2, tensor=2), optax.sgd(1.0)
+  abstract = jax.eval_shape(model.init, jax.random.key(0), batch['tokens'])
+  at_frozen = sharding.place(abstract['frozen'], mesh)
+  at_state = sharding.place(jax.eval_shape(functools.partial(step_lib.init_state, tx), abstract['params']), mesh)
+  shardings = dict(in_shardings=(at_state, at_frozen, sharding.batch(mesh)), out_shardings=(at_state, None))
+  lengths, length = [], pieces.length
+  monkeypatch.setattr(pieces, 'length', lambda *a: lengths.append(length(*a)) or lengths[-1])
+  placed = jax.device_put(frozen, at_frozen), params, jax.device_put(batch, sharding.batch(mesh))
+  got, metrics = step_test.one_step(model, *placed, tx=tx, mesh=mesh, **shardings)
+  assert set(lengths) == {6}  # 8 at most: 11 in two pieces
+  step_test.assert_trees_close(got.params, want.params)
+  step_test.assert_trees_close(metrics, wanted)
+
+
+@pytest.mark.parametrize('segmented', [False, True])
+def test_attention_by_blocks_is_attention(segmented, monkeypatch):
+  """Values and gradients, grouped queries; a padded last block and one query at a time."""
+  rows, heads, groups, width = 2, 4, 2, 8
+  keys = jax.random.split(jax.random.key(0), 4)
+  q = jax.random.normal(keys[0], (rows, T, heads, width))
+  k, v = (jax.random.normal(key, (rows, T, groups, width)) for key in keys[1:3])
+  weight = jax.random.normal(keys[3], q.shape)
+  segments = jnp.array([[1] * 4 + [2] * 5 + [0] * 2, [1] * T]) if segmented else None
+  mask = jnp.tril(jnp.ones((T, T), bool))[None, None]
+  if segmented:
+    mask = mask & (segments[:, :, None] == segments[:, None, :])[:, None]
+  whole = lambda *qkv: jnp.sum(weight * jax.nn.dot_product_attention(*qkv, mask=mask))
+  wanted = jax.value_and_grad(whole, argnums=(0, 1, 2))(q, k, v)
+  for queries in 1, 4:
+    monkeypatch.setattr(llama, 'SCORES', queries * rows * heads * T * 4)
+    blocks = lambda *qkv: jnp.sum(weight * llama.attend(*qkv, segments))
+    assert f'f32[{rows},{queries},' in str(jax.make_jaxpr(blocks)(q, k, v))
+    # Sums of up to 11 x 8 products of numbers around 1.
+    step_test.assert_trees_close(jax.value_and_grad(blocks, argnums=(0, 1, 2))(q, k, v), wanted, eps=1e-5)
+
+
+def test_gradients_of_keys_are_added_in_float32(monkeypatch):
+  """In bfloat16 a sum over the blocks would be rounded after each; it is rounded once, as without blocks."""
+  rows, heads, width, time = 1, 1, 8, 256
+  q, k, v, weight = jax.random.normal(jax.random.key(0), (4, rows, time, heads, width)).astype(jnp.bfloat16)
+  loss = lambda v: jnp.sum((weight * llama.attend(q, k, v)).astype(jnp.float32))
+  wanted = jax.grad(loss)(v).astype(jnp.float32)
+  monkeypatch.setattr(llama, 'SCORES', rows * heads * time * 4)
+  got = jax.grad(lambda v: loss(v))(v).astype(jnp.float32)
+  # One rounding of each, 2^-9 of the entry, and the products' own: the probabilities are bfloat16 in both.
+  np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=2**-7)
