@@ -222,15 +222,17 @@ def _compiled(config: ml_collections.ConfigDict, topology: topologies.Topology, 
   built = _setup(config)
   program = program_lib.make(config, built, mesh)
   memory, sent = _held(program), {}
-  try:
-    compiled = program.compiled(topology.chip.platform)
-  except topologies.Overfull as full:
-    # All that is known of it is the sum.
-    memory = dataclasses.replace(memory, activations=full.needed - memory.total)
-  else:
-    memory = _within(compiled.memory_analysis(), memory)
-    for each in collectives.of(compiled.as_text()):
-      sent[each.kind] = sent.get(each.kind, 0) + each.bytes * each.times
+  # What alone is too much need not be compiled.
+  if memory.total <= (topology.chip.memory or math.inf):
+    try:
+      compiled = program.compiled(topology.chip.platform)
+    except topologies.Overfull as full:
+      # All that is known of it is the sum.
+      memory = dataclasses.replace(memory, activations=full.needed - memory.total)
+    else:
+      memory = _within(compiled.memory_analysis(), memory)
+      for each in collectives.of(compiled.as_text()):
+        sent[each.kind] = sent.get(each.kind, 0) + each.bytes * each.times
   rows = config.train.batch // config.train.accumulation // _shares(dict(mesh.shape))
   return Plan(
     topology=topology,
