@@ -230,7 +230,7 @@ class Llama(nn.Module):
       self.scheme, nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), ('vocab', 'embed')
     )
     embedding_VD = linear.weight(self, self.scheme, 'embedding', init)
-    x_BTD = embedding_VD[tokens_BT].astype(c.dtype)
+    x_BTD = linear.look_up(embedding_VD, tokens_BT).astype(c.dtype)
     run = self._born if self.is_initializing() else self._through
     x_BTD = run(x_BTD, positions_BT, mask_B1TT)
     if only_BP is not None:
@@ -290,7 +290,9 @@ class Llama(nn.Module):
       variables = {**own, 'frozen': jax.tree.map(pick, whole, rest, is_leaf=blank)}
       rngs = {'dropout': key} if drops else {}
       block = Block(c, self.scheme)
-      (x_BTD, _), made = block.apply(variables, x_BTD, *context, rngs=rngs, mutable=[PRESENT] if remembers else [])
+      (x_BTD, _), made = block.apply(
+        variables, linear.by_rows(x_BTD), *context, rngs=rngs, mutable=[PRESENT] if remembers else []
+      )
       return x_BTD, made.get(PRESENT)
 
     if c.remat != 'none':
