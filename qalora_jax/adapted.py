@@ -123,7 +123,7 @@ def _base(config, model: str, directories) -> build.Loaded:
 
 def _fingerprint(base: build.Loaded) -> Callable[[], int]:
   """The fingerprint of the base, taken once where a workdir asks for it: all of its bytes are read for that."""
-  return functools.cache(lambda: build.fingerprint(jax.device_get(base.variables['frozen'])))
+  return functools.cache(lambda: build.fingerprint(base.variables['frozen']))
 
 
 def _summed(config, base: build.Loaded, fingerprint: Callable[[], int], terms) -> dict:

@@ -6,17 +6,16 @@ import dataclasses
 import json
 import pathlib
 import re
-import zlib
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from qalora_jax import adapters
 from qalora_jax import bases
 from qalora_jax import checkpoint
+from qalora_jax import checksum
 from qalora_jax import config as config_lib
 from qalora_jax import hf
 from qalora_jax import layout
@@ -25,7 +24,9 @@ from qalora_jax import packed
 from qalora_jax import peft
 from qalora_jax import progress
 from qalora_jax import sharding
+from qalora_jax import stacks
 from qalora_jax import stored
+from qalora_jax import tensors
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import examples
 from qalora_jax.data import recipes
@@ -211,12 +212,12 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
   return sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES})
 
 
-def load_weights(built: Setup) -> dict:
-  """The source's weights on the host, quantized as the scheme says while they are read."""
+def load_weights(built: Setup, place: stacks.Place | None = None) -> dict:
+  """The source's weights at `place` (default: on the host), quantized as the scheme says while they are read."""
   config, scheme_ = built.model.config, built.model.scheme
   with progress.bar('reading weights', config.num_hidden_layers) as bar:
     form = stored.form(built.directory) or hf
-    return form.load(built.directory, config, scheme_, progress=bar.advance)
+    return form.load(built.directory, config, scheme_, progress=bar.advance, place=place)
 
 
 def adopted(config: ml_collections.ConfigDict, workdir) -> ml_collections.ConfigDict:
@@ -262,11 +263,13 @@ def variables(
   if built.directory is None:
     params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
     return {'frozen': {}, 'params': params}
-  weights = load_weights(built)
-  if built.model.scheme.trains:
-    return {'frozen': {}, 'params': jax.device_put(weights, at['params'])}
+  collection = 'params' if built.model.scheme.trains else 'frozen'
+  place = stacks.OnDevices(at[collection])
+  weights = load_weights(built, place)
+  if collection == 'params':
+    return {'frozen': {}, 'params': weights}
   if workdir is not None:
-    check_base(workdir, weights)
+    check_base(workdir, place.checksum().crc)
   if adapter_from:
     begun = peft.load(adapter_from, built.model.config, built.shapes['params'])
     params = jax.device_put(begun, at['params'])
@@ -277,22 +280,19 @@ def variables(
     stored.check_beginning(built.directory, begins)
     begun = packed.load_adapter(built.directory, built.shapes['params'])
     params = jax.device_put(begun, at['params'])
-  return {'frozen': jax.device_put(weights, at['frozen']), 'params': params}
+  return {'frozen': weights, 'params': params}
 
 
 def fingerprint(frozen: dict) -> int:
   """A CRC-32 of every frozen weight, in the tree's order: equal weights, equal numbers."""
-  crc = 0
-  for leaf in jax.tree.leaves(frozen):
-    crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8), crc)
-  return crc
+  return checksum.of_tree(frozen).crc
 
 
-def check_base(workdir, frozen: dict) -> None:
-  """Remembers in the workdir which base its adapter belongs to; ValueError if the base is another one now."""
-  path, found = pathlib.Path(workdir) / _BASE_FILE, fingerprint(frozen)
-  if not path.exists():
-    path.write_text(json.dumps({'crc32': found}) + '\n')
+def check_base(workdir, found: int) -> None:
+  """Remembers in the workdir which base (its `fingerprint`) an adapter belongs to; ValueError if it is another now."""
+  path = pathlib.Path(workdir) / _BASE_FILE
+  if not path.exists() and jax.process_index() == 0:
+    tensors.write_json(path, {'crc32': found})
   check_fingerprint(workdir, found)
 
 
@@ -326,11 +326,11 @@ def load_base(config: ml_collections.ConfigDict, workdir) -> Loaded:
     raise ValueError(f'{workdir} trained every weight: it has no adapter to take elsewhere.')
   config.adapter.update(kind='none', init='zero', source='')
   built = setup(config)
-  weights = {'frozen': load_weights(built), 'params': {}}
   at = sharding.place(built.abstract, make_mesh(config), config.sharding.fallback)
   tokenizer_from = tokenizer_directory(config, built.directory)
   origin = {'source': config.model.source}
-  return Loaded(built.model, jax.device_put(weights, at), tokenizer(config, built), tokenizer_from, origin)
+  weights = {'frozen': load_weights(built, stacks.OnDevices(at['frozen'])), 'params': {}}
+  return Loaded(built.model, weights, tokenizer(config, built), tokenizer_from, origin)
 
 
 def adapters_of(model: llama.Llama, choices: dict) -> dict:
@@ -352,9 +352,9 @@ def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
   step, params = checkpoint.restore_params(pathlib.Path(workdir) / CHECKPOINTS, abstract)
   frozen = {}
   if not built.model.scheme.trains:
-    frozen = load_weights(built)
-    check_base(workdir, frozen)
-    frozen = jax.device_put(frozen, at['frozen'])
+    place = stacks.OnDevices(at['frozen'])
+    frozen = load_weights(built, place)
+    check_base(workdir, place.checksum().crc)
   tokenizer_from = tokenizer_directory(config, built.directory)
   origin = {'workdir': str(workdir), 'step': step, 'source': config.model.source, 'adapter': config.adapter.kind}
   return Loaded(built.model, {'frozen': frozen, 'params': params}, tokenizer(config, built), tokenizer_from, origin)

@@ -21,6 +21,7 @@ import numpy as np
 from qalora_jax import bitstream
 from qalora_jax import hf
 from qalora_jax import layout
+from qalora_jax import stacks
 from qalora_jax import tensors
 from qalora_jax.models import linear
 from qalora_jax.models import llama
@@ -58,9 +59,14 @@ def describe(directory) -> dict[str, qtensor.Form]:
 
 
 def load(
-  directory, config: llama.ModelConfig, scheme: linear.Scheme, *, progress: Callable[[], None] | None = None
+  directory,
+  config: llama.ModelConfig,
+  scheme: linear.Scheme,
+  *,
+  progress: Callable[[], None] | None = None,
+  place: stacks.Place | None = None,
 ) -> dict:
-  """The tree of the collection 'frozen', on the host; as `packed.load`.
+  """The tree of the collection 'frozen', at `place` (default: on the host); as `packed.load`.
 
   Raises ValueError where the groups of an act-order checkpoint are not contiguous, or a projection has a bias.
   """
@@ -81,7 +87,7 @@ def load(
       return read(name).T if layout.is_matrix(path) else read(name)
     return matrix(directory, found, layout.module(name), form[path], stated_version)
 
-  return layout.assemble(config, {path: blank(path) for path in names}, part, progress)
+  return layout.assemble(config, {path: blank(path) for path in names}, part, progress, place or stacks.OnHost())
 
 
 def matrix(directory, found: dict[str, tensors.Header], module: str, form: qtensor.Form, version: str):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qalora_jax import layout
+from qalora_jax import stacks
 from qalora_jax import tensors
 from qalora_jax import tokenizer
 from qalora_jax.models import linear
@@ -132,9 +133,14 @@ def write_config(
 
 
 def load(
-  directory, config: llama.ModelConfig, scheme: linear.Scheme, *, progress: Callable[[], None] | None = None
+  directory,
+  config: llama.ModelConfig,
+  scheme: linear.Scheme,
+  *,
+  progress: Callable[[], None] | None = None,
+  place: stacks.Place | None = None,
 ) -> dict:
-  """The weights as the tree of the collection that `scheme` puts them in, on the host as numpy arrays.
+  """The weights as the tree of the collection that `scheme` puts them in, at `place` (default: on the host).
 
   A weight that the scheme quantizes is quantized as it is read, so that one dense matrix stands in memory at a time;
   a dense one becomes frozen_dtype (float32 where it trains).  `progress()` is called after every layer.  Raises one
@@ -164,7 +170,7 @@ def load(
     dense = source.read(path, name)
     return dense if quantizers[path] is None else quantize[quantizers[path]](dense)
 
-  return layout.assemble(config, blank, part, progress)
+  return layout.assemble(config, blank, part, progress, place or stacks.OnHost())
 
 
 class Source:

@@ -8,7 +8,6 @@ of one layer, as Hugging Face calls it.
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
-import functools
 
 from flax import linen as nn
 from flax import traverse_util
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qalora_jax import stacks
 from qalora_jax.models import linear
 from qalora_jax.models import llama
 from qalora_jax.quant import qtensor
@@ -96,21 +96,24 @@ def matrix_shapes(config: llama.ModelConfig) -> dict[str, tuple[int, ...]]:
   return {path: leaf.shape[1:] if is_stacked(path) else leaf.shape for path, leaf in flat.items()}
 
 
-def assemble(config: llama.ModelConfig, blank: dict, part: Callable, progress: Callable[[], None] | None) -> dict:
+def assemble(
+  config: llama.ModelConfig, blank: dict, part: Callable, progress: Callable[[], None] | None, place: stacks.Place
+) -> dict:
   """The tree whose leaf at `path` is part(path, name), stacked over layers and cast to the dtypes of blank[path].
 
   `blank` holds the abstract leaf of a single layer for every path; part may return any pytree with its leaves.
+  One part is read at a time, and goes where `place` gathers them.
   """
   starts = linear.starts({path.partition('/')[0] for path in blank})
   every = names(config, starts)
 
-  def empty(path, a):
-    return np.empty((len(every[path]), *a.shape) if is_stacked(path) else a.shape, a.dtype)
+  def whole(path, a):
+    return jax.ShapeDtypeStruct((len(every[path]), *a.shape) if is_stacked(path) else a.shape, a.dtype)
 
-  flat = {path: jax.tree.map(functools.partial(empty, path), leaf) for path, leaf in blank.items()}
+  made = place.begin({path: [whole(path, a) for a in jax.tree.leaves(leaf)] for path, leaf in blank.items()})
   for path, name, at in _visit(every, progress):
-    for whole, piece in zip(jax.tree.leaves(flat[path]), jax.tree.leaves(part(path, name)), strict=True):
-      whole[at] = piece
+    made[path] = place.put(path, made[path], at, jax.tree.leaves(part(path, name)))
+  flat = {path: jax.tree.unflatten(jax.tree.structure(leaf), made[path]) for path, leaf in blank.items()}
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -151,13 +154,13 @@ def matrices(config: llama.ModelConfig, tree: dict) -> Iterator[tuple]:
 
 def _visit(every: dict[str, list[str]], progress: Callable[[], None] | None) -> Iterator[tuple]:
   """(path, name, index on the stack) in the order of files; `progress()` after every layer."""
-  stacks = {}
+  by_stack = {}
   for path, of_path in every.items():
     if is_stacked(path):
-      stacks.setdefault(path.partition('/')[0], {})[path] = of_path
+      by_stack.setdefault(path.partition('/')[0], {})[path] = of_path
     else:
       yield path, of_path[0], ...
-  for stack in stacks.values():
+  for stack in by_stack.values():
     for at in range(len(next(iter(stack.values())))):
       for path, of_path in stack.items():
         yield path, of_path[at], at

@@ -20,6 +20,7 @@ import numpy as np
 
 from qalora_jax import hf
 from qalora_jax import layout
+from qalora_jax import stacks
 from qalora_jax import tensors
 from qalora_jax.models import linear
 from qalora_jax.models import llama
@@ -116,8 +117,9 @@ def load(
   scheme: linear.Scheme | None = None,
   *,
   progress: Callable[[], None] | None = None,
+  place: stacks.Place | None = None,
 ) -> dict:
-  """The tree of the collection 'frozen', on the host as numpy arrays: load(write(tree)) == tree, bit for bit.
+  """The tree of the collection 'frozen', at `place` (default: on the host): load(write(tree)) == tree, bit for bit.
 
   Layers are stacked as `scheme` says (default: as the directory's own forms allow).  Dense weights become its
   frozen_dtype, or stay as stored without one; codes, scales and offsets always stay.  `progress()` is called after
@@ -147,7 +149,7 @@ def load(
     is_transposed = layout.is_matrix(path) and form[path] is None
     return [array.T for array in stored] if is_transposed else stored
 
-  return layout.assemble(config, {path: blank(path) for path in names}, part, progress)
+  return layout.assemble(config, {path: blank(path) for path in names}, part, progress, place or stacks.OnHost())
 
 
 def write(

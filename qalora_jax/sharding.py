@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import dataclasses
 import functools
 import math
 
@@ -28,6 +29,7 @@ RULES = {
   'rank': None,
   'layers': None,
 }
+_NAMED_AT_MOST = 8
 BATCH = jax.sharding.PartitionSpec(RULES[linear.ROWS])
 
 
@@ -56,22 +58,26 @@ def place(abstract, mesh: jax.sharding.Mesh, fallback: str = 'error'):
 
   Codes, scales and offsets of a quantized matrix share one spec, so a group never straddles devices; what has fewer
   axes than the matrix (the constants of doubly quantized scales) is held whole everywhere.  A dimension
-  that its mesh axis does not divide is a ValueError that names the weight and the sizes that would, or, with
-  fallback='replicate', is held whole on every device.  Plain leaves are replicated.
+  that its mesh axis does not divide is held whole on every device with fallback='replicate'; else one ValueError names
+  all such weights and the sizes that would divide them.  Plain leaves are replicated.
   """
-  boxed = lambda node: isinstance(node, meta.AxisMetadata)
+  boxed, misfits = lambda node: isinstance(node, meta.AxisMetadata), []
 
   def leaf(path, node):
     if not boxed(node):
       return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     name = '/'.join(str(getattr(key, 'key', getattr(key, 'name', key))) for key in path)
-    spec = _spec(name, node, mesh, fallback)
+    spec, found = _spec(name, node, mesh)
+    misfits.extend(found)
     whole = jax.sharding.PartitionSpec()
     return jax.tree.map(
       lambda part: jax.sharding.NamedSharding(mesh, spec if part.ndim == len(spec) else whole), node.value
     )
 
-  return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=boxed)
+  placed = jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=boxed)
+  if misfits and fallback != 'replicate':
+    _refuse(misfits)
+  return placed
 
 
 def on_host(shardings):
@@ -137,19 +143,47 @@ def check_rows(rows: int, accumulation: int, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def _spec(name: str, box: nn.LogicallyPartitioned, mesh, fallback: str) -> jax.sharding.PartitionSpec:
-  axes = [RULES[axis] for axis in box.names]
+@dataclasses.dataclass(frozen=True)
+class _Misfit:
+  """A dimension that its mesh axis does not divide; `fits` are the sizes of that axis that would."""
+
+  text: str
+  axis: str
+  fits: tuple[int, ...]
+
+
+def _spec(name: str, box: nn.LogicallyPartitioned, mesh) -> tuple[jax.sharding.PartitionSpec, list[_Misfit]]:
+  """Where a leaf belongs, and the dimensions that are held whole because they do not divide."""
+  axes, misfits = [RULES[axis] for axis in box.names], []
   for d, axis in enumerate(axes):
     if axis is None:
       continue
     sizes = [leaf.shape[d] for leaf in jax.tree.leaves(box.value) if leaf.ndim == len(axes)]
     shared = math.gcd(*sizes)
     if shared % mesh.shape[axis]:
-      if fallback != 'replicate':
-        fits = [n for n in range(1, shared + 1) if shared % n == 0]
-        raise ValueError(
-          f'{name}: its axis {box.names[d]!r} has {min(sizes)} parts, which do not divide over '
-          f'sharding.{axis} = {mesh.shape[axis]}; use one of {fits}, or sharding.fallback = "replicate".'
-        )
+      fits = tuple(n for n in range(1, shared + 1) if shared % n == 0)
+      text = (
+        f'{name}: its axis {box.names[d]!r} has {min(sizes)} parts, which do not divide over '
+        f'sharding.{axis} = {mesh.shape[axis]}; use one of {list(fits)}'
+      )
+      misfits.append(_Misfit(text, axis, fits))
       axes[d] = None
-  return jax.sharding.PartitionSpec(*axes)
+  return jax.sharding.PartitionSpec(*axes), misfits
+
+
+def _refuse(misfits: list[_Misfit]) -> None:
+  """One ValueError for all, with the sizes of every mesh axis that would suit them all."""
+  if len(misfits) == 1:
+    raise ValueError(f'{misfits[0].text}, or sharding.fallback = "replicate".')
+  lines = [misfit.text for misfit in misfits[:_NAMED_AT_MOST]]
+  if len(misfits) > len(lines):
+    lines.append(f'and {len(misfits) - len(lines)} more')
+  common = []
+  for axis in dict.fromkeys(misfit.axis for misfit in misfits):
+    fits = [set(misfit.fits) for misfit in misfits if misfit.axis == axis]
+    common.append(f'sharding.{axis} out of {sorted(set.intersection(*fits))}')
+  raise ValueError(
+    'the mesh does not divide the weights:\n  '
+    + '\n  '.join(lines)
+    + f'\nuse {" and ".join(common)}, which suits all, or sharding.fallback = "replicate".'
+  )

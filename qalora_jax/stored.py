@@ -6,7 +6,7 @@ import types
 from qalora_jax import gptq_files
 from qalora_jax import packed
 
-# Each has holds(directory), describe(directory) and load(directory, config, scheme, progress=).
+# Each has holds(directory), describe(directory) and load(directory, config, scheme, progress=, place=).
 FORMS = (packed, gptq_files)
 
 

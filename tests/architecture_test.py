@@ -15,7 +15,10 @@ LAYERS = (
   ('adapters',),
   ('models',),
   ('step', 'optim', 'sharding'),
-  ('layout', 'tensors', 'hf', 'packed', 'gptq_files', 'stored', 'bitstream', 'peft', 'tokenizer', 'data', 'checkpoint'),
+  (
+    *('layout', 'stacks', 'checksum', 'tensors', 'hf', 'packed', 'gptq_files', 'stored', 'bitstream', 'peft'),
+    *('tokenizer', 'data', 'checkpoint'),
+  ),
   ('evaluate', 'export', 'generate', 'report', 'inspection', 'calibrate'),
   ('config', 'cli', 'bases', 'build', 'adapted', 'program'),
   ('evaluate.command', 'export.command', 'generate.command'),

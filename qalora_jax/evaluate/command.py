@@ -244,7 +244,7 @@ def _identity(loaded: build.Loaded) -> dict:
   stated = loaded.model.config
   fields = {field.name: str(getattr(stated, field.name)) for field in dataclasses.fields(stated)}
   return {
-    'model': build.fingerprint(jax.device_get(loaded.variables)),
+    'model': build.fingerprint(loaded.variables),
     'adapter': str(loaded.model.scheme.adapter),
     'config': fields | {'dtype': jnp.dtype(stated.dtype).name},
   }

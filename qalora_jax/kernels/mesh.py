@@ -92,6 +92,41 @@ def run(multiply, x, w: qtensor.QTensor, division: Division, transposed: bool) -
   )(x, w)
 
 
+def guide(multiply, x, w: qtensor.QTensor, division: Division, transposed: bool) -> jax.Array:
+  """multiply(x, w) by XLA, which is told to divide it as `run` would.
+
+  Left to itself it may shard activations by the axis that divides weights for storage alone (FSDP) and add up partial
+  products, or gather dequantized weights: here what is gathered is packed, and of this layer of a stack alone.
+  """
+  sizes = _free()
+  if not sizes or w.split is None or _explicit(sizes):
+    return multiply(x, w)
+  given, made = division.inputs, division.outputs
+  if transposed:
+    given, made = made, given
+  between = (None,) * (x.ndim - 2)
+  # Rows that their axes do not divide lie as XLA likes.
+  rows = (division.rows or _P.UNCONSTRAINED, *between) if x.ndim > 1 else ()
+  own = qtensor.alone(w.replace(split=None))
+  own = jax.tree.map(jax.lax.with_sharding_constraint, own, _specs(own, division))
+  y = multiply(jax.lax.with_sharding_constraint(x, _P(*rows, given)), own)
+  return jax.lax.with_sharding_constraint(y, _P(*rows, made))
+
+
+def lay(x, rows: tuple[str, ...], features: str | None = None) -> jax.Array:
+  """x [B, ..., F], an activation, its B laid over the axes `rows` of the mesh in context and its F over `features`.
+
+  As it is where there is no such mesh, or where an axis does not divide.
+  """
+  sizes = _free()
+  rows = tuple(axis for axis in rows if axis in sizes)
+  features = features if features in sizes else None
+  divides = x.shape[0] % math.prod(sizes[axis] for axis in rows) == 0 and x.shape[-1] % sizes.get(features, 1) == 0
+  if not sizes or _explicit(sizes) or not divides:
+    return x
+  return jax.lax.with_sharding_constraint(x, _P(rows or None, *(None,) * (x.ndim - 2), features))
+
+
 def _explicit(axes) -> set[str]:
   """Those of `axes` whose sharding is part of types."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -108,6 +143,6 @@ def _free() -> dict[str, int]:
 
 
 def _specs(w: qtensor.QTensor, division: Division) -> qtensor.QTensor:
-  """The PartitionSpec of every leaf of w: matrices by inputs and outputs, a stack's layers and its index whole."""
+  """The PartitionSpec of every leaf of w: matrices by inputs and outputs; layers, indices and constants whole."""
   matrix = (division.inputs, division.outputs)
-  return jax.tree.map(lambda leaf: _P(*(None,) * (leaf.ndim - 2), *matrix) if leaf.ndim else _P(), w)
+  return jax.tree.map(lambda leaf: _P(*(None,) * (leaf.ndim - 2), *matrix) if leaf.ndim > 1 else _P(), w)

@@ -62,11 +62,11 @@ def qmatmul(x, w, impl: str | None = None) -> jax.Array:
 
 def _multiply(x, w, impl, transposed=False):
   """x @ dense(w), or x @ dense(w).T, by whoever `impl` or the plan says."""
-  made, _ = _planned(x, w, impl, transposed)
+  made, division = _planned(x, w, impl, transposed)
   if made.name == 'xla':
     # XLA divides its own products, and maps them; a kernel is one device's.
     multiply = made.module.transpose if transposed else made.module.forward
-    return multiply(x, w, made.blocks, out_dtype=x.dtype)
+    return mesh.guide(lambda x, w: multiply(x, w, made.blocks, out_dtype=x.dtype), x, w, division, transposed)
   return _by_kernel(impl, transposed)(x, w)
 
 

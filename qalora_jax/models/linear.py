@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from qalora_jax import adapters
+from qalora_jax.kernels import mesh
 from qalora_jax.kernels import qmatmul
 from qalora_jax.quant import method
 from qalora_jax.quant import qtensor
@@ -115,11 +116,33 @@ def dense_init(scheme: Scheme, initializer: Callable, shape: tuple[int, ...], ax
 def split(axes: tuple[str, str]) -> qtensor.Split | None:
   """How the rules in context divide a product with a matrix of these logical axes; None where there are no rules."""
   rules = dict(nn.get_logical_axis_rules())
-  if not rules:
-    return None
-  rows = rules.get(ROWS) or ()
-  rows = (rows,) if isinstance(rows, str) else tuple(rows)
-  return qtensor.Split(rows=rows, inputs=rules.get(axes[0]), outputs=rules.get(axes[1]))
+  return qtensor.Split(_rules_of(ROWS), rules.get(axes[0]), rules.get(axes[1])) if rules else None
+
+
+def by_rows(x) -> jax.Array:
+  """Activations x [B, ..., D] where the rules in context want rows: each device has all of its rows.
+
+  Left to itself XLA may divide D by the axis that divides weights for storage (FSDP), and add up partial products.
+  """
+  return mesh.lay(x, _rules_of(ROWS))
+
+
+def look_up(embedding_VD, tokens_BT) -> jax.Array:
+  """embedding[tokens] [B, T, D], as `by_rows`.
+
+  Where D and rows are divided by the same axis, every device looks up its own part of D for the rows of all that share
+  that axis, and then the two are exchanged.  So only activations travel; the embedding is never gathered.
+  """
+  rows, features = _rules_of(ROWS), next(iter(_rules_of('embed')), None)
+  first = tuple(axis for axis in rows if axis != features)
+  x_BTD = mesh.lay(embedding_VD[mesh.lay(tokens_BT, first)], first, features)
+  return by_rows(x_BTD)
+
+
+def _rules_of(axis: str) -> tuple[str, ...]:
+  """The axes of a mesh over which the rules in context divide this logical axis."""
+  found = dict(nn.get_logical_axis_rules()).get(axis) or ()
+  return (found,) if isinstance(found, str) else tuple(found)
 
 
 class Linear(nn.Module):

@@ -254,7 +254,7 @@ class Llama(nn.Module):
     B, T = tokens_BT.shape
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    x_BTD = self.embedding_VD[tokens_BT].astype(self.config.dtype)
+    x_BTD = linear.look_up(self.embedding_VD, tokens_BT).astype(self.config.dtype)
     run = self._born if self.is_initializing() else self._through
     return run(x_BTD, positions_BT, segments_BT)
 
@@ -324,7 +324,9 @@ class Llama(nn.Module):
       variables = {**own, 'frozen': jax.tree.map(pick, whole, rest, is_leaf=blank)}
       rngs = {'dropout': key} if drops else {}
       block = Block(c, self.scheme, parent=None)
-      (x_BTD, _), made = block.apply(variables, x_BTD, *context, rngs=rngs, mutable=[PRESENT] if remembers else [])
+      (x_BTD, _), made = block.apply(
+        variables, linear.by_rows(x_BTD), *context, rngs=rngs, mutable=[PRESENT] if remembers else []
+      )
       return x_BTD, made.get(PRESENT)
 
     if c.remat != 'none':

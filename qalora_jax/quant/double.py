@@ -55,13 +55,13 @@ def compress(scale) -> Doubled:
 def expand(doubled: Doubled) -> jax.Array:
   """The float32 scales [..., L, O]."""
   *leading, L, O = doubled.codes.shape
-  flat = doubled.codes.swapaxes(-1, -2).reshape(*leading, L * O)
-  absmax = doubled.absmax[..., None]
+  # Constants go to their codes, not codes to their blocks: what is divided over devices stays where it is.
+  absmax = jnp.broadcast_to(doubled.absmax[..., None], (*doubled.absmax.shape, BLOCK))
+  absmax = absmax.reshape(*leading, -1)[..., : L * O].reshape(*leading, O, L).swapaxes(-1, -2)
   # Levels lie within [-1, 1], so the clip changes nothing; but it keeps a compiler from joining product and sum in one
   # multiply-add, whose result has other last bits than bitsandbytes' and than the same expression not compiled.
-  blocks = jnp.clip(jnp.asarray(codebooks.DYNAMIC)[_blocks(flat).astype(jnp.int32)] * absmax, -absmax, absmax)
-  values = blocks.reshape(*leading, -1)[..., : L * O] + doubled.mean[..., None]
-  return values.reshape(*leading, O, L).swapaxes(-1, -2)
+  values = jnp.clip(jnp.asarray(codebooks.DYNAMIC)[doubled.codes.astype(jnp.int32)] * absmax, -absmax, absmax)
+  return values + doubled.mean[..., None, None]
 
 
 def _mean(flat) -> jax.Array:
