@@ -24,6 +24,7 @@ from qalora_jax import limits
 from qalora_jax import packed
 from qalora_jax import peft
 from qalora_jax import progress
+from qalora_jax import report
 from qalora_jax import sharding
 from qalora_jax import stored
 from qalora_jax import tokenizer as tokenizer_lib
@@ -292,7 +293,7 @@ def check_base(workdir, frozen: dict) -> None:
   """Remembers in the workdir which base its adapter belongs to; ValueError if the base is another one now."""
   path, found = pathlib.Path(workdir) / _BASE_FILE, fingerprint(frozen)
   if not path.exists():
-    path.write_text(json.dumps({'crc32': found}) + '\n')
+    report.write(path, {'crc32': found})
   check_fingerprint(workdir, found)
 
 
