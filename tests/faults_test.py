@@ -168,9 +168,7 @@ def test_damage_twice_at_one_step_keeps_both(kept):
 
 def test_another_model_is_an_error_and_no_damage(kept):
   before = contents(kept)
-  with pytest.raises(
-    ValueError, match=r'step 3 is of another model or adapter: a has the shape \(2, 4\) there and \(2, 5'
-  ):
+  with pytest.raises(ValueError, match=r'a has the shape \(2, 4\) there and \(2, 5'):
     restored(kept, width=5)
   assert contents(kept) == before
 
@@ -189,7 +187,7 @@ def test_a_checkpoint_without_digests_is_taken_if_it_restores(kept, capsys, harm
 
 
 def test_what_a_kill_leaves_unfinished_is_removed(kept):
-  left = kept / '4.orbax-checkpoint-tmp'
+  left = kept / '5.orbax-checkpoint-tmp'
   shutil.copytree(kept / '3', left)
   data = positions()
   with checkpoint.open_manager(kept, keep=3) as manager:
