@@ -2,7 +2,7 @@
 
     python -m experiments.faults [--kills=50] [--damages=5] [--seed=0] [--place=DIR] [--out=PATH]
 
-`qalora train` fine-tunes a tiny LLaMA with QA-LoRA, a checkpoint every ten steps: once undisturbed, and once killed by
+`qalora train` fine-tunes a tiny LLaMA with QA-LoRA, a checkpoint every five steps: once undisturbed, and once killed by
 SIGKILL at moments drawn from the seed, and started again by the same command until it is done.  A fifth of the kills
 fall into the start, the others a random number of steps and a random time after the first step.  `--damages` of the
 starts find the newest checkpoint harmed, as a failing disk would harm it: a file cut short, or a bit of it flipped.  In
@@ -44,7 +44,7 @@ from qalora_jax import train  # noqa: F401  loaded before the forks
 
 RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'faults'
 # Steps to go for every kill, more than a start does on the average; steps between checkpoints.
-STEPS_A_KILL, EVERY = 24, 10
+STEPS_A_KILL, EVERY = 24, 5
 METRICS, PRINTED = 'metrics.jsonl', 'printed.txt'
 _RECIPE = """\
 from configs import base
@@ -75,7 +75,7 @@ def draw(rng: random.Random, start: float) -> Kill:
   """A fifth within the `start` seconds that a process takes to its first step; the others later."""
   if rng.random() < 0.2:
     return Kill(0, rng.uniform(0, start))
-  return Kill(rng.randint(1, STEPS_A_KILL - EVERY), rng.uniform(0, 0.15))
+  return Kill(rng.randint(1, 4 * EVERY), rng.uniform(0, 0.2))
 
 
 def make(place: pathlib.Path, steps: int) -> pathlib.Path:

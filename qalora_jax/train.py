@@ -1,17 +1,14 @@
 """`qalora train`: wires the rooms together, then the loop."""
 
 import contextlib
-import errno
 import functools
 import json
-import os
 import pathlib
 import sys
 import time
 
 import jax
 import numpy as np
-import tensorboardX
 
 from qalora_jax import adapters
 from qalora_jax import bases
@@ -19,6 +16,7 @@ from qalora_jax import build
 from qalora_jax import checkpoint
 from qalora_jax import cli
 from qalora_jax import config as config_lib
+from qalora_jax import events
 from qalora_jax import lock
 from qalora_jax import packed
 from qalora_jax import preemption
@@ -211,26 +209,20 @@ class Log(contextlib.AbstractContextManager):
       kept = [line for line in whole if json.loads(line)['step'] <= step]
     # Whole: a kill in between would take the lines before `step` too.
     report.whole(path, lambda partial: partial.write_text(''.join(line + '\n' for line in kept)))
-    # Unbuffered: what a full disk did not take is not tried again at the end.
-    self._file = path.open('ab', buffering=0)
-    board = functools.partial(tensorboardX.SummaryWriter, str(workdir / 'tensorboard'))
-    self._board = board(purge_step=step + 1 if step else None) if tensorboard else None
+    # Unbuffered: nothing is lost to a kill, and what a full disk did not take is not tried again at the end.
+    self._file, self._board = path.open('ab', buffering=0), None
+    if tensorboard:
+      place = workdir / 'tensorboard'
+      place.mkdir(exist_ok=True)
+      self._board = (place / events.name()).open('ab', buffering=0)
+      report.append(self._board, events.begin(step + 1))
 
   def write(self, step: int, **values) -> None:
     """The values of one step."""
-    row = {'step': step, **{name: float(value) for name, value in values.items()}}
-    line = (json.dumps(row) + '\n').encode()
-    try:
-      if self._file.write(line) < len(line):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-      raise OSError(
-        f'{self._file.name}: cannot be written ({error.strerror}). Make room, or make the place writable; then the '
-        'same command goes on from the last checkpoint.'
-      ) from error
+    values = {name: float(value) for name, value in values.items()}
+    report.append(self._file, (json.dumps({'step': step, **values}) + '\n').encode())
     if self._board:
-      for name, value in values.items():
-        self._board.add_scalar(name, float(value), step)
+      report.append(self._board, events.scalars(step, values))
 
   def __exit__(self, *_):
     self._file.close()

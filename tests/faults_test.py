@@ -1,8 +1,14 @@
 """What happens to long runs: damaged checkpoints, signals, full disks, other meshes, two runs in one workdir."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +16,17 @@ import numpy as np
 import optax
 import pytest
 import small_llama
+from tensorboardX.proto import event_pb2
 
 from qalora_jax import build
 from qalora_jax import checkpoint
+from qalora_jax import cli
 from qalora_jax import config as config_lib
+from qalora_jax import lock
+from qalora_jax import preemption
+from qalora_jax import sharding
 from qalora_jax import step as step_lib
+from qalora_jax import train
 from qalora_jax.data import batches
 
 # A restore that orbax gives up leaves coroutines behind, which complain when they are collected, some tests later.
@@ -204,3 +216,200 @@ def test_a_run_goes_on_from_before_the_damage_as_if_there_were_none(copied, trai
   assert checkpoint.steps(copied / 'checkpoints') == [8, 6]
   assert curve(copied) == curve(trained)
   small_llama.same(params(copied), params(trained))
+
+
+# The recipe of `trained` saves at 3, 6 and 8 and logs every step.
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_after_its_step(trained, recipe, tmp_path, monkeypatch, capsys, number, status):
+  """The command says so and exits; the same command ends as if nothing had been, bit for bit."""
+  write, handlers = train.Log.write, [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)]
+
+  def told(self, step, **values):
+    write(self, step, **values)
+    if step == 4 and 'loss' in values:
+      os.kill(os.getpid(), number)
+
+  words = ['train', f'--config={recipe}', f'--workdir={tmp_path}']
+  with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    patch.setattr(train.Log, 'write', told)
+    cli.main(words)
+  assert stopped.value.code == status
+  # The signal came after the look at step 4.
+  said = (
+    f'stopped by {number.name} after step 5 of 8, which is kept in {tmp_path}; the same command goes on from there.'
+  )
+  assert said in capsys.readouterr().out
+  assert checkpoint.steps(tmp_path / 'checkpoints') == [5, 3]
+  assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)] == handlers
+  cli.main(words)
+  assert curve(tmp_path) == curve(trained)
+  small_llama.same(params(tmp_path), params(trained))
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once():
+  with pytest.raises(preemption.Stopped, match='SIGTERM before a step') as stopped, preemption.watched():
+    os.kill(os.getpid(), signal.SIGTERM)
+  assert stopped.value.status == 0
+
+
+def test_a_second_interrupt_does_not_wait():
+  with pytest.raises(KeyboardInterrupt) as stopped, preemption.watched() as watch, watch.steps():
+    os.kill(os.getpid(), signal.SIGINT)
+    assert watch.reached(1)
+    os.kill(os.getpid(), signal.SIGINT)
+  assert not isinstance(stopped.value, preemption.Stopped)
+
+
+@pytest.mark.parametrize('verb', ['train', 'quantize'])
+def test_the_second_run_in_a_workdir_is_refused(copied, qalora, verb):
+  place = copied if verb == 'train' else copied / '.base.unfinished'
+  with lock.alone(place):
+    before = contents(copied)
+    with pytest.raises(ValueError, match=f'{place} is in use by another run .*Wait for it, stop it, or use another'):
+      qalora(verb, copied if verb == 'train' else copied / 'base')
+    assert contents(copied) == before
+  lock.refuse_held(place)
+
+
+def test_a_process_that_is_killed_lets_its_workdir_go(tmp_path):
+  code = f'import pathlib, time\nfrom qalora_jax import lock\nwith lock.alone(pathlib.Path({str(tmp_path)!r})):'
+  process = subprocess.Popen(
+    [sys.executable, '-c', code + "\n  print('held', flush=True)\n  time.sleep(60)"], stdout=subprocess.PIPE
+  )
+  with process:
+    assert process.stdout.readline() == b'held\n'
+    with pytest.raises(ValueError, match='in use by another run'):
+      lock.refuse_held(tmp_path)
+    process.kill()
+  with lock.alone(tmp_path):
+    pass
+
+
+def test_a_vanished_data_file_is_named_and_nothing_is_changed(copied, qalora, tmp_path, text):
+  other = shutil.copy(text, tmp_path / 'lines.txt')
+  moved = ('train.steps=9', f'data.train.path={other}', '--replace_config')
+  (tmp_path / 'lines.txt').unlink()
+  before = contents(copied)
+  with pytest.raises(FileNotFoundError, match=f'{tmp_path}/lines.txt. is not a file'):
+    qalora('train', copied, *moved)
+  assert contents(copied) == before
+  shutil.copy(text, tmp_path / 'lines.txt')
+  qalora('train', copied, *moved)
+  assert checkpoint.steps(copied / 'checkpoints') == [9, 8]
+
+
+def test_other_meshes_go_on_with_the_same_losses(copied, trained, qalora, tmp_path, monkeypatch):
+  """Six steps on 8 devices, one on 4, one on 1, two on 8 again, against ten on 8.
+
+  A loss is a mean over at most 256 tokens, and so are the sums of its gradient; in another order a float32 sum of n
+  terms moves by at most n times its rounding, 2^-24, relative to the sum of the terms' sizes, which for losses is the
+  sum itself.  Weights take that on by the rate, 0.01 of their size, so a step adds less than the loss's own rounding;
+  four such steps are allowed.
+  """
+  whole = shutil.copytree(trained, tmp_path / 'whole')
+  qalora('train', whole, 'train.steps=10', '--replace_config')
+  shutil.rmtree(copied / 'checkpoints/8')
+  make = sharding.make_mesh
+  for devices, steps in ((4, 7), (1, 8), (8, 10)):
+    with monkeypatch.context() as patch:
+      patch.setattr(sharding, 'make_mesh', lambda n=devices, **sizes: make(devices=jax.devices()[:n], **sizes))
+      qalora('train', copied, f'train.steps={steps}', '--replace_config')
+  told, expected = ([row for row in curve(place) if 'loss' in row] for place in (copied, whole))
+  assert [row['step'] for row in told] == [row['step'] for row in expected] == list(range(1, 11))
+  assert told[:6] == expected[:6]
+  np.testing.assert_allclose(
+    [row['loss'] for row in told[6:]], [row['loss'] for row in expected[6:]], rtol=4 * 256 * 2.0**-24
+  )
+
+
+_SMALL_DISK = """
+  import pathlib, shutil, subprocess, sys
+
+  from qalora_jax import cli
+
+  recipe, trained, disk = sys.argv[1:]
+  workdir = pathlib.Path(disk) / 'run'
+
+  def mount(*words):
+    subprocess.run(['mount', *words, disk], check=True)
+
+  def goes_on(name):
+    try:
+      cli.main(['train', f'--config={recipe}', f'--workdir={workdir}'])
+      print(name, 'done', flush=True)
+    except SystemExit as stopped:
+      print(name, 'ended', stopped.code, flush=True)
+
+  def fill(free):
+    with (workdir.parent / 'filler').open('wb', buffering=0) as file:
+      try:
+        while file.write(bytes(4096)):
+          pass
+      except OSError:
+        file.truncate(file.tell() - free)
+
+  mount('-t', 'tmpfs', '-o', 'size=4m', 'tmpfs')
+  shutil.copytree(trained, workdir)
+  shutil.rmtree(workdir / 'checkpoints/8')
+  mount('-o', 'remount,ro')
+  goes_on('read-only')
+  mount('-o', 'remount,rw')
+  fill(0)
+  goes_on('full')
+  fill(32768)
+  goes_on('short')
+  (workdir.parent / 'filler').unlink()
+  goes_on('free')
+  shutil.copytree(workdir, trained.replace('trained', 'after'))
+"""
+
+
+def test_a_full_disk_and_a_read_only_one(copied, trained, recipe, tmp_path):
+  """Each ends in one line and status 2, the checkpoint of step 6 whole; when there is room, the run ends as it would.
+
+  A file system in memory, in a namespace of its own.
+  """
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  if (
+    shutil.which('unshare') is None
+    or subprocess.run(
+      ['unshare', '-m', 'mount', '-t', 'tmpfs', 'tmpfs', disk], capture_output=True, check=False
+    ).returncode
+  ):
+    pytest.skip('a small file system cannot be mounted here')
+  start = copied.rename(tmp_path / 'trained')
+  done = subprocess.run(
+    ['unshare', '-m', sys.executable, '-c', textwrap.dedent(_SMALL_DISK), recipe, start, disk],
+    capture_output=True,
+    text=True,
+    check=True,
+    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir},
+  )
+  ends = re.findall('^(?:read-only|full|short|free) .*', done.stdout, re.M)
+  assert ends == ['read-only ended 2', 'full ended 2', 'short ended 2', 'free done'], done.stdout + done.stderr
+  errors = [line for line in done.stderr.splitlines() if line.startswith('qalora train: error')]
+  assert len(errors) == 3 and 'Traceback' not in done.stderr
+  assert re.search(f'Read-only file system: .{disk}/run/lock', errors[0])
+  assert re.search(f'{disk}/run/.*: cannot be written \\(No space left on device\\). Make room', errors[1])
+  assert re.search(f'{disk}/run/checkpoints: a checkpoint could not be written .*that of step 6 is intact', errors[2])
+  assert curve(tmp_path / 'after') == curve(trained)
+  small_llama.same(params(tmp_path / 'after'), params(trained))
+
+
+def test_tensorboard_hides_what_is_done_again(tmp_path):
+  """Records as TFRecord has them; a file begins by purging what another file has of the steps to come."""
+  with train.Log(tmp_path, 4, tensorboard=True) as log:
+    log.write(5, loss=1.5, tokens=3)
+  (file,) = (tmp_path / 'tensorboard').iterdir()
+  data, found = file.read_bytes(), []
+  while data:
+    (length,) = struct.unpack('<Q', data[:8])
+    found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+    data = data[16 + length :]
+  assert found[0].file_version == 'brain.Event:2'
+  assert (found[1].session_log.status, found[1].step) == (event_pb2.SessionLog.START, 5)
+  assert [(e.step, v.tag, v.simple_value) for e in found[2:] for v in e.summary.value] == [
+    (5, 'loss', 1.5),
+    (5, 'tokens', 3),
+  ]
