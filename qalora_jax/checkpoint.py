@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import concurrent.futures
 import contextlib
 import json
+import logging
 import pathlib
 import zlib
 
@@ -49,17 +50,18 @@ def open_manager(directory, keep: int) -> Iterator[ocp.CheckpointManager]:
     # Called by the first process when all files are there and the name is not yet given.
     async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: _write_digests(directory)),
   )
-  with _writing(directory):
-    manager = ocp.CheckpointManager(directory, item_names=_ITEMS, options=options)
-  try:
-    yield manager
-  except BaseException:
-    # What went wrong first is what is said.
-    with contextlib.suppress(Exception):
+  with _silent_orbax():
+    with _writing(directory):
+      manager = ocp.CheckpointManager(directory, item_names=_ITEMS, options=options)
+    try:
+      yield manager
+    except BaseException:
+      # What went wrong first is what is said.
+      with contextlib.suppress(Exception):
+        manager.close()
+      raise
+    with _writing(directory):
       manager.close()
-    raise
-  with _writing(directory):
-    manager.close()
 
 
 def steps(directory) -> list[int]:
@@ -272,6 +274,17 @@ def _writing(directory) -> Iterator[None]:
       f'{directory}: a checkpoint could not be written ({_short(error)}); {whole}. Make room, or make the place '
       'writable; then the same command goes on from the last one.'
     ) from error
+
+
+@contextlib.contextmanager
+def _silent_orbax() -> Iterator[None]:
+  """Without orbax's log, tracebacks in it, of what it raises as well."""
+  log, heard = logging.getLogger('absl'), lambda record: 'orbax' not in pathlib.Path(record.pathname).parts
+  log.addFilter(heard)
+  try:
+    yield
+  finally:
+    log.removeFilter(heard)
 
 
 def _short(error: Exception) -> str:
