@@ -15,7 +15,10 @@ import concurrent.futures
 import contextlib
 import json
 import logging
+import os
 import pathlib
+import re
+import sys
 import zlib
 
 import grain
@@ -50,18 +53,18 @@ def open_manager(directory, keep: int) -> Iterator[ocp.CheckpointManager]:
     # Called by the first process when all files are there and the name is not yet given.
     async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: _write_digests(directory)),
   )
-  with _silent_orbax():
-    with _writing(directory):
-      manager = ocp.CheckpointManager(directory, item_names=_ITEMS, options=options)
-    try:
-      yield manager
-    except BaseException:
-      # What went wrong first is what is said.
-      with contextlib.suppress(Exception):
-        manager.close()
-      raise
-    with _writing(directory):
+  _quiet()
+  with _writing(directory):
+    manager = ocp.CheckpointManager(directory, item_names=_ITEMS, options=options)
+  try:
+    yield manager
+  except BaseException:
+    # What went wrong first is what is said.
+    with contextlib.suppress(Exception):
       manager.close()
+    raise
+  with _writing(directory):
+    manager.close()
 
 
 def steps(directory) -> list[int]:
@@ -270,21 +273,33 @@ def _writing(directory) -> Iterator[None]:
   except Exception as error:  # tensorstore's, asyncio's and the system's
     # The one that failed is not among them: its name comes last.
     whole = next((f'that of step {step} is intact' for step in steps(directory)), 'there is none before it')
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # so tensorstore
+    why = os.strerror(int(code[1])) if code else getattr(error, 'strerror', None) or _short(error)
     raise OSError(
-      f'{directory}: a checkpoint could not be written ({_short(error)}); {whole}. Make room, or make the place '
-      'writable; then the same command goes on from the last one.'
+      f'{directory}: a checkpoint could not be written ({why}); {whole}. Make room, or make the place writable; then '
+      'the same command goes on from the last one.'
     ) from error
 
 
-@contextlib.contextmanager
-def _silent_orbax() -> Iterator[None]:
-  """Without orbax's log, tracebacks in it, of what it raises as well."""
-  log, heard = logging.getLogger('absl'), lambda record: 'orbax' not in pathlib.Path(record.pathname).parts
-  log.addFilter(heard)
-  try:
-    yield
-  finally:
-    log.removeFilter(heard)
+def _quiet() -> None:
+  """Keeps orbax's threads from saying, traceback and all, what is raised as well; for good, as they say it late."""
+  logging.getLogger('absl').addFilter(_not_orbax)
+  if sys.unraisablehook is not _unraisable:
+    _HOOKS.append(sys.unraisablehook)
+    sys.unraisablehook = _unraisable
+
+
+_HOOKS = []
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  return 'orbax' not in pathlib.Path(record.pathname).parts
+
+
+def _unraisable(late) -> None:
+  # Of a write that failed after another: tensorstore tells it to a loop that has ended.
+  if not (late.exc_type is RuntimeError and str(late.exc_value) == 'Event loop is closed'):
+    _HOOKS[-1](late)
 
 
 def _short(error: Exception) -> str:
