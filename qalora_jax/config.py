@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -23,6 +22,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from qalora_jax import limits
+from qalora_jax import report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILE = 'config.json'
@@ -162,10 +162,7 @@ def save(config, workdir, *, replace=False):
     raise ValueError(
       f'{path} holds another config:\n  {lines}\nchoose another --workdir, or pass --{REPLACE.name} to overwrite it'
     )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'.{FILE}.{os.getpid()}')
-  partial.write_text(json.dumps(config.to_dict(), indent=2) + '\n', encoding='utf-8')
-  os.replace(partial, path)
+  report.write(path, config.to_dict())
 
 
 def load(workdir):

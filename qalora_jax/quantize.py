@@ -14,6 +14,7 @@ from qalora_jax import cli
 from qalora_jax import config as config_lib
 from qalora_jax import hf
 from qalora_jax import inspection
+from qalora_jax import lock
 from qalora_jax import packed
 from qalora_jax import progress
 from qalora_jax import quant
@@ -74,35 +75,37 @@ def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
   partial = workdir.absolute().parent / f'.{workdir.name}.unfinished'
   settings = bases.settings(config)
   model = built.model.config
-  with progress.bar('quantizing layers', model.num_hidden_layers) as bar:
-    result = calibrate.quantize(
-      hf.Source(built.directory, model),
-      model,
-      scheme,
-      samples,
-      mesh=build.make_mesh(config),
-      batch=config.calibration.batch,
-      true_sequential=config.calibration.true_sequential,
-      beginning=beginning,
-      budget=config.base.budget,
-      partial=partial,
-      settings=settings,
-      progress=bar.advance,
-    )
-  provenance = {'source': config.model.source, 'base': config.base.to_dict(), 'merged': False, 'settings': settings}
-  with progress.bar('writing weights', model.num_hidden_layers) as bar:
-    packed.write(
-      workdir,
-      model,
-      result.frozen,
-      provenance=provenance,
-      adapter=(bases.beginning(config), result.params) if beginning else None,
-      tokenizer_from=build.tokenizer_directory(config, built.directory),
-      bos=tokens.bos,
-      eos=tokens.eos,
-      progress=bar.advance,
-    )
-  shutil.rmtree(partial)
+  with lock.alone(partial):
+    tensors.refuse_existing(workdir)  # another run may have finished since
+    with progress.bar('quantizing layers', model.num_hidden_layers) as bar:
+      result = calibrate.quantize(
+        hf.Source(built.directory, model),
+        model,
+        scheme,
+        samples,
+        mesh=build.make_mesh(config),
+        batch=config.calibration.batch,
+        true_sequential=config.calibration.true_sequential,
+        beginning=beginning,
+        budget=config.base.budget,
+        partial=partial,
+        settings=settings,
+        progress=bar.advance,
+      )
+    provenance = {'source': config.model.source, 'base': config.base.to_dict(), 'merged': False, 'settings': settings}
+    with progress.bar('writing weights', model.num_hidden_layers) as bar:
+      packed.write(
+        workdir,
+        model,
+        result.frozen,
+        provenance=provenance,
+        adapter=(bases.beginning(config), result.params) if beginning else None,
+        tokenizer_from=build.tokenizer_directory(config, built.directory),
+        bos=tokens.bos,
+        eos=tokens.eos,
+        progress=bar.advance,
+      )
+    shutil.rmtree(partial)
   trained = f', {adapters.count(result.params):,} parameters of adapters to begin with' if result.params else ''
   progress.console.print(f'{quant.summary(result.frozen)}{trained}\nwritten to {workdir}')
   report.write(workdir / REPORT, report.document(command, result.rows))

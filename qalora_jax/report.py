@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -58,10 +59,32 @@ def write(path, content: dict) -> None:
 
 
 def whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-  """Calls `write` with a path beside `path`, and gives what it wrote that name: a file is there whole or not at all."""
+  """Calls `write` with a path beside `path`, and gives what it wrote that name: a file is there whole or not at all.
+
+  Raises OSError, naming `path`, where it cannot be written.
+  """
   partial = path.with_name(path.name + '.partial')
-  write(partial)
-  partial.replace(path)
+  try:
+    write(partial)
+    partial.replace(path)
+  except OSError as error:
+    raise _unwritable(path, error) from error
+
+
+def append(file, data: bytes) -> None:
+  """Writes to an unbuffered file at once; raises OSError, naming it, where the system does not take all of it."""
+  try:
+    if file.write(data) < len(data):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  except OSError as error:
+    raise _unwritable(file.name, error) from error
+
+
+def _unwritable(path, error: OSError) -> OSError:
+  return OSError(
+    f'{path}: cannot be written ({error.strerror or error}). Make room, or make the place writable; then run the same '
+    'command again.'
+  )
 
 
 def show(title: str, rows: list[dict]) -> None:
