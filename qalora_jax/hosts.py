@@ -24,6 +24,8 @@ from qalora_jax import progress
 HEARTBEAT = 30
 # Seconds in which all processes must have come: JAX's own, since hosts of a cluster start minutes apart.
 MEETING = 300
+# Seconds that a process which is done waits for the others; they end at the same step.
+_LEAVING = 60
 # Errors of the runtime that say that a peer is gone, rather than that a program is wrong.
 _LOST = re.compile(r'gloo|nccl|coordination service|heartbeat|barrier|connection (reset|closed)|socket closed', re.I)
 # Where Slurm (in a step of srun) and Open MPI say how many processes they have started as one.
@@ -72,7 +74,12 @@ def start(
   if known:
     aborts.watch(unmet, checkpoints)
   try:
-    jax.distributed.initialize(**how, initialization_timeout=meeting, heartbeat_timeout_seconds=heartbeat)
+    jax.distributed.initialize(
+      **how,
+      initialization_timeout=meeting,
+      heartbeat_timeout_seconds=heartbeat,
+      shutdown_timeout_seconds=_LEAVING,
+    )
   except ValueError as error:
     if not known and 'coordinator_address' in str(error):
       return  # no cluster
@@ -114,7 +121,7 @@ def ended(checkpoints) -> Iterator[None]:
   """
   try:
     yield
-  except BaseException as error:
+  except Exception as error:
     if jax.process_count() == 1:
       raise
     lost = isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error))
