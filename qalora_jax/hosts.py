@@ -37,7 +37,7 @@ _PIECE = 2**26
 def start(
   coordinator: str = '',
   processes: int = 0,
-  process: int = -1,
+  process: int | None = None,
   *,
   heartbeat: int = HEARTBEAT,
   meeting: int = MEETING,
@@ -178,9 +178,9 @@ def spread(batch: dict, sharding: jax.sharding.Sharding) -> dict:
   }
 
 
-def _check(coordinator: str, processes: int, process: int) -> None:
-  given = (coordinator != '', processes != 0, process != -1)
-  shown = f'--coordinator={coordinator} --processes={processes} --process={process}'
+def _check(coordinator: str, processes: int, process: int | None) -> None:
+  given = (coordinator != '', processes != 0, process is not None)
+  shown = f'--coordinator={coordinator} --processes={processes} --process={"" if process is None else process}'
   if given != (False, processes == 1, False) and not all(given):
     raise ValueError(
       f'{shown}: give all three, --coordinator=HOST:PORT --processes=N --process=I with I from 0 to N - 1, or none '

@@ -35,7 +35,7 @@ SUMMARY = (
 _HOSTS = (
   config_lib.Flag('coordinator', 'string', '', 'HOST:PORT of process 0 of several.  Default: as the cluster says.'),
   config_lib.Flag('processes', 'integer', 0, 'How many processes this run has.'),
-  config_lib.Flag('process', 'integer', -1, 'Which of them this one is, from 0.'),
+  config_lib.Flag('process', 'integer', None, 'Which of them this one is, from 0.'),
   config_lib.Flag('meeting', 'integer', hosts.MEETING, 'Seconds within which they must all have come.'),
   config_lib.Flag('heartbeat', 'integer', hosts.HEARTBEAT, 'Seconds without a sign of life that mean death.'),
 )

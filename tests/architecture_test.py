@@ -20,7 +20,7 @@ LAYERS = (
   ('config', 'cli', 'bases', 'build', 'adapted', 'program'),
   ('evaluate.command', 'export.command', 'generate.command'),
   ('quantize',),
-  ('train',),
+  ('train', 'launch'),
   ('__main__', 'evaluate.__main__', 'export.__main__', 'generate.__main__'),
 )
 # The only rooms that read a ConfigDict.
@@ -32,6 +32,7 @@ DOORS = {
   'adapted',
   'program',
   'train',
+  'launch',
   'quantize',
   'generate.command',
   'evaluate.command',
