@@ -3,6 +3,7 @@
 import ast
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -31,7 +32,8 @@ _FLAGS = (
 _JOBS = 'jobs'
 # Minutes: a day on Slurm, where submitit asks for five, and no end on this machine, where it stops after two.
 _TIMEOUT = {'slurm': 24 * 60, 'local': 10 * 365 * 24 * 60}
-_ERROR = 'qalora train: error: '
+# What a process says of its error, up to submitit's next line.
+_ERROR = re.compile(r'^qalora train: error: (.*?)(?=^submitit |\Z)', re.M | re.S)
 
 
 def main(argv=None) -> None:
@@ -174,8 +176,8 @@ def _check(job, logs: list[pathlib.Path]) -> None:
     state = 'failed'
   except Exception as error:  # submitit's own, or whatever its workers raised
     state = f'ended without a result ({type(error).__name__}, {job.state})'
-  said = [line for log in logs if log.exists() for line in log.read_text(errors='replace').splitlines()]
-  reasons = [line.removeprefix(_ERROR) for line in said if line.startswith(_ERROR)]
+  said = ''.join(log.read_text(errors='replace') for log in logs if log.exists())
+  reasons = [reason.strip() for reason in _ERROR.findall(said)]
   # What one process found out by itself, rather than that it was left by another.
-  own = [line for line in reasons if not line.startswith(aborts.GONE)]
+  own = [reason for reason in reasons if not reason.startswith(aborts.GONE)]
   raise ValueError(f'job {job.job_id} {state}: {(own or reasons or ["see the log"])[0]} (logs: {logs[0].parent})')
