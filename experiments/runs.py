@@ -12,11 +12,9 @@ Runs are done one after another in this process, side by side in processes of th
 """
 
 from collections.abc import Callable
-from collections.abc import Iterator
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -24,16 +22,16 @@ import os
 import pathlib
 import signal
 import sys
-import time
 import traceback
 
 from experiments import grids
 from qalora_jax import config as config_lib
 from qalora_jax import launch
+from qalora_jax import lock
 from qalora_jax import progress
 from qalora_jax import report
 
-OVERRIDES, RESULT, ERROR, LOCK, LOG = 'overrides.json', 'result.json', 'error.txt', 'lock', 'log.txt'
+OVERRIDES, RESULT, ERROR, LOG = 'overrides.json', 'result.json', 'error.txt', 'log.txt'
 DONE, FAILED, RUNNING, DUE = 'done', 'failed', 'running', 'due'
 # Where the numbers of threads are read: by XLA on CPU, by NumPy's libraries and by the tokenizers.
 _THREADS = ('NPROC', 'PJRT_NPROC', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'RAYON_NUM_THREADS')
@@ -150,8 +148,8 @@ def state(run: Run) -> str:
   """DONE, FAILED (a result that cannot be read, too), RUNNING (a process is at it) or DUE."""
   if (run.directory / RESULT).exists():
     return FAILED if reason(run) else DONE
-  if (run.directory / LOCK).exists():
-    with _locked(run.directory / LOCK, fcntl.LOCK_SH) as free:
+  if (run.directory / lock.FILE).exists():
+    with lock.taken(run.directory / lock.FILE, shared=True) as free:
       if not free:
         return RUNNING
   return FAILED if (run.directory / ERROR).exists() else DUE
@@ -194,7 +192,7 @@ def perform(run: Run, root: pathlib.Path, measure: Measure, retry: bool = False)
   Whatever stops it but an interrupt is kept in error.txt and does not stop the caller.
   """
   run.directory.mkdir(parents=True, exist_ok=True)
-  with _locked(run.directory / LOCK, fcntl.LOCK_EX) as free:
+  with lock.taken(run.directory / lock.FILE) as free:
     if not free:
       return RUNNING
     if (before := _settled(run)) and not (retry and before == FAILED):
@@ -267,23 +265,6 @@ def _flat(row):
   if nested := [key for key, value in row.items() if not isinstance(value, int | float | str | None)]:
     raise ValueError(f'a result is a flat dict of numbers and strings; {", ".join(map(str, nested))} is not')
   return row
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path, how: int) -> Iterator[bool]:
-  """Whether the lock could be had; it is given back at the end, also where the process is killed."""
-  with path.open('a') as file:
-    # Who only looks (LOCK_SH) holds it for an instant.
-    for last in (False, False, True):
-      try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-      except BlockingIOError:
-        if not last:
-          time.sleep(0.05)
-        continue
-      yield True
-      return
-    yield False
 
 
 @contextlib.contextmanager

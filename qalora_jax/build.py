@@ -26,6 +26,7 @@ from qalora_jax import limits
 from qalora_jax import packed
 from qalora_jax import peft
 from qalora_jax import progress
+from qalora_jax import report
 from qalora_jax import sharding
 from qalora_jax import stored
 from qalora_jax import tokenizer as tokenizer_lib
@@ -295,7 +296,7 @@ def check_base(workdir, frozen: dict) -> None:
 
   def compare():
     if not path.exists():
-      path.write_text(json.dumps({'crc32': found}) + '\n')
+      report.write(path, {'crc32': found})
     check_fingerprint(workdir, found)
 
   hosts.once(compare)

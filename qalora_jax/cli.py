@@ -6,6 +6,8 @@ import importlib.metadata
 import pathlib
 import sys
 
+from qalora_jax import preemption
+
 # Imported only when called: `qalora --help` should not wait for JAX.
 _MODULES = {
   'quantize': 'qalora_jax.quantize',
@@ -68,10 +70,14 @@ def run(main, program, argv=None, also=()):
   """Calls `main(argv)`; what the user can put right ends in one line on stderr and exit status 2.
 
   That is every OSError, and every ValueError whose last frame is qalora_jax's own, or in one of the folders `also`.
-  Anything else, a ValueError out of another library included, is a defect and keeps its traceback.
+  Anything else, a ValueError out of another library included, is a defect and keeps its traceback.  A run that was told
+  to stop says where it is, and has its own status: 0 after SIGTERM.
   """
   try:
     main(argv)
+  except preemption.Stopped as stopped:
+    print(f'{program}: {stopped}')
+    raise SystemExit(stopped.status) from None
   except OSError as error:
     _fail(program, error)
   except ValueError as error:

@@ -1,8 +1,10 @@
 """`qalora train`: wires the rooms together, then the loop."""
 
 import contextlib
+import errno
 import functools
 import json
+import os
 import pathlib
 import sys
 import time
@@ -18,11 +20,14 @@ from qalora_jax import checkpoint
 from qalora_jax import cli
 from qalora_jax import config as config_lib
 from qalora_jax import hosts
+from qalora_jax import lock
 from qalora_jax import packed
+from qalora_jax import preemption
 from qalora_jax import program as program_lib
 from qalora_jax import progress
 from qalora_jax import quant
 from qalora_jax import quantize
+from qalora_jax import report
 from qalora_jax import step as step_lib
 from qalora_jax import stored
 from qalora_jax.data import batches
@@ -57,9 +62,18 @@ def main(argv=None) -> None:
 def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   """Trains as `config` says and returns the last state; everything else is left in `workdir`.
 
-  Raises ValueError before any long work for what cannot be, and `Diverged` when the loss is not finite.
+  Raises ValueError before any long work for what cannot be (another run in `workdir`, too), `Diverged` when the loss is
+  not finite, OSError where the workdir cannot be written, and `preemption.Stopped` after SIGTERM or SIGINT, when the
+  step is done and kept.
   """
   workdir = pathlib.Path(workdir)
+  lock.refuse_held(workdir)
+  with preemption.watched() as watch, contextlib.ExitStack() as held:
+    return _train(config, workdir, replace_config, watch, lambda: held.enter_context(lock.alone(workdir)))
+
+
+def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemption.Watch, hold) -> step_lib.State:
+  """`train`; `hold()` takes the workdir, and is called when all is checked and nothing written yet."""
   if config.adapter.kind == 'none':
     raise ValueError('adapter.kind = "none" trains nothing; use "qalora", "lora" or "full".')
   config = build.adopted(config, workdir)
@@ -79,6 +93,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
   begins = bases.beginning(config)
   if built.directory is not None and stored.is_quantized(built.directory) and config.adapter.kind in adapters.KINDS:
     stored.check_beginning(built.directory, begins)
+  hosts.together(hold)
   if not replace_config:
     hosts.once(lambda: config_lib.save(config, workdir))
   built = _with_base(config, workdir, built)
@@ -100,8 +115,9 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
     if replace_config:
       # Only now: a checkpoint that this config cannot restore leaves the config that wrote it.
       hosts.once(lambda: config_lib.save(config, workdir, replace=True))
-    with Log(workdir, int(state.step), config.train.tensorboard) as log:
-      return _loop(
+    kept = Log(workdir, int(state.step), config.train.tensorboard) if hosts.first() else Silence()
+    with kept as log, watch.steps():
+      state = _loop(
         config,
         state,
         frozen,
@@ -110,7 +126,12 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
         score=score if validation else None,
         manager=manager,
         log=log,
+        watch=watch,
       )
+  # Here, with the last checkpoint written to its end.
+  if (done := int(state.step)) < config.train.steps:
+    watch.stop(f'after step {done} of {config.train.steps}, which is kept in {workdir}')
+  return state
 
 
 def _with_base(config, workdir: pathlib.Path, built: build.Setup) -> build.Setup:
@@ -127,7 +148,8 @@ def _with_base(config, workdir: pathlib.Path, built: build.Setup) -> build.Setup
   return build.setup(build.prepared(config, workdir))
 
 
-def _loop(config, state, frozen, data, *, program, score, manager, log) -> step_lib.State:
+def _loop(config, state, frozen, data, *, program, score, manager, log, watch) -> step_lib.State:
+  """The state after the last step, or after the one at which `watch` says to stop; it is being kept."""
   settings = config.train
   done = int(state.step)
   losses, tokens, since = [], 0, time.monotonic()
@@ -139,7 +161,8 @@ def _loop(config, state, frozen, data, *, program, score, manager, log) -> step_
       losses.append((metrics['loss'], metrics['grad_norm']))
       tokens += np.count_nonzero(batch['segments'])
       last = done == settings.steps
-      keeps = last or done % settings.checkpoint_every == 0
+      stops = watch.reached(done) and not last
+      keeps = last or stops or done % settings.checkpoint_every == 0
       validates = score and (last or (settings.validate_every and done % settings.validate_every == 0))
       logs = last or done % settings.log_every == 0
       if not (keeps or validates or logs):
@@ -147,6 +170,7 @@ def _loop(config, state, frozen, data, *, program, score, manager, log) -> step_
         continue
       # Here alone the host waits for the device: a checkpoint is only ever written of losses seen to be finite.
       _check_finite(done, jax.device_get(losses), manager.directory)
+      checkpoint.check(manager)
       seconds, since = time.monotonic() - since, time.monotonic()
       speed = tokens / seconds
       losses, tokens = [], 0
@@ -165,6 +189,8 @@ def _loop(config, state, frozen, data, *, program, score, manager, log) -> step_
         since = time.monotonic()
       if keeps:
         checkpoint.save(manager, state, data)
+      if stops:
+        break
   return state
 
 
@@ -189,38 +215,54 @@ def _describe(params: dict, frozen: dict) -> None:
 class Log(contextlib.AbstractContextManager):
   """metrics.jsonl, one object a line, and TensorBoard; lines after `step` (of a run that was cut off) are dropped.
 
-  Of several processes only the first writes.
+  TensorBoard hides what a run that was cut off wrote after `step`.  Raises OSError, naming the file, where it cannot be
+  written.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool):
-    self._file = self._board = None
-    if not hosts.first():
-      return
     path = workdir / 'metrics.jsonl'
     kept = []
     if path.exists():
       # A kill can leave half a line, which has no newline yet.
       whole = path.read_text().split('\n')[:-1]
       kept = [line for line in whole if json.loads(line)['step'] <= step]
-    path.write_text(''.join(line + '\n' for line in kept))
-    self._file = path.open('a')
-    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard')) if tensorboard else None
+    # Whole: a kill in between would take the lines before `step` too.
+    report.whole(path, lambda partial: partial.write_text(''.join(line + '\n' for line in kept)))
+    # Unbuffered: what a full disk did not take is not tried again at the end.
+    self._file = path.open('ab', buffering=0)
+    board = functools.partial(tensorboardX.SummaryWriter, str(workdir / 'tensorboard'))
+    self._board = board(purge_step=step + 1 if step else None) if tensorboard else None
 
   def write(self, step: int, **values) -> None:
     """The values of one step."""
     row = {'step': step, **{name: float(value) for name, value in values.items()}}
-    if self._file:
-      self._file.write(json.dumps(row) + '\n')
-      self._file.flush()
+    line = (json.dumps(row) + '\n').encode()
+    try:
+      if self._file.write(line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+      raise OSError(
+        f'{self._file.name}: cannot be written ({error.strerror}). Make room, or make the place writable; then the '
+        'same command goes on from the last checkpoint.'
+      ) from error
     if self._board:
       for name, value in values.items():
         self._board.add_scalar(name, float(value), step)
 
   def __exit__(self, *_):
-    if self._file:
-      self._file.close()
+    self._file.close()
     if self._board:
       self._board.close()
+
+
+class Silence(contextlib.AbstractContextManager):
+  """The Log of every process but the first: nothing is written twice."""
+
+  def write(self, step: int, **values) -> None:
+    """Writes nothing."""
+
+  def __exit__(self, *_):
+    pass
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ PACKAGE = 'qalora_jax'
 # A module imports from its own layer and from those before it.  A name stands for a module and all below it;
 # the longest name counts.
 LAYERS = (
-  ('progress', 'rules', 'limits', 'topologies', 'hosts', 'aborts'),
+  ('progress', 'rules', 'limits', 'topologies', 'lock', 'preemption', 'hosts', 'aborts'),
   ('quant',),
   ('kernels',),
   ('adapters',),

@@ -85,10 +85,6 @@ def params(workdir):
   return build.load_run(config_lib.load(workdir), workdir).variables['params']
 
 
-def unrestorable(workdir):
-  return pytest.raises(ValueError, match=f'{workdir}/checkpoints: the latest checkpoint cannot be restored')
-
-
 def contents(directory):
   """Every file but TensorBoard's, which opens a new one at every start."""
   files = [path for path in directory.rglob('*') if path.is_file() and path.parent.name != 'tensorboard']
@@ -171,8 +167,10 @@ def test_another_config_is_refused_unless_it_may_replace(copied, trained, qalora
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(copied, qalora):
-  with unrestorable(copied):
+  before = contents(copied)
+  with pytest.raises(ValueError, match=r'step 8 is of another model or adapter: layers/.*/adapter/a has the shape'):
     qalora('train', copied, 'adapter.rank=2', '--replace_config')
+  assert contents(copied) == before
 
 
 @pytest.mark.parametrize('verb', ['train', 'evaluate'])
@@ -195,25 +193,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(copied, trained, qalora):
   assert max(int(path.name) for path in (copied / 'checkpoints').iterdir()) == 8
   for kept, good in zip(jax.tree.leaves(params(copied)), jax.tree.leaves(params(trained)), strict=True):
     np.testing.assert_array_equal(kept, good)
-
-
-@pytest.mark.parametrize(
-  'verb, file',
-  [
-    ('generate', 'params/d/*'),
-    ('evaluate', 'params/_METADATA'),
-    ('train', 'optimizer/manifest.ocdbt'),
-    ('train', 'data/process_0-of-1.json'),
-  ],
-)
-def test_a_damaged_checkpoint_is_named(copied, qalora, verb, file):
-  for path in (copied / 'checkpoints' / '8').glob(file):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  with unrestorable(copied):
-    qalora(verb, copied)
-  # The way out that the message names.
-  shutil.rmtree(copied / 'checkpoints' / '8')
-  assert build.load_run(config_lib.load(copied), copied).origin['step'] == 6
 
 
 @pytest.mark.parametrize(
