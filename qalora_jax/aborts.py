@@ -15,6 +15,7 @@ import subprocess
 import sys
 from typing import TextIO
 
+OWN = 'qalora train: error: '
 GONE = 'another process of this run is gone'
 # absl's log: severity, date, time, thread, file.
 _LOG = re.compile(r'(?P<severity>[IWEF])\d{4} [\d:.]+ +\d+ (?P<file>[\w.]+):\d+\] ')
@@ -39,23 +40,32 @@ def watch(unmet: str, checkpoints) -> None:
 def relay(lines: Iterable[str], out: TextIO, unmet: str, checkpoints, record) -> None:
   """Passes `lines` on to `out`, but for the runtime's words on an abort, which one message replaces.
 
-  Which one depends on whether they have met before: `unmet`, or what `gone` says.  The words left out are kept in the
-  file `record`; where that cannot be written they are passed on after all.
+  Which one depends on whether the processes have met before: `unmet`, or what `gone` says; none where this process has
+  found a reason itself.  The words left out are kept in the file `record`; where that cannot be written they are passed
+  on after all.
   """
-  held, said = [], False
+  held, fatal, said = [], False, False
+
+  def say() -> None:
+    nonlocal said
+    if fatal and not said:
+      _pass(f'{OWN}{unmet if any(_MEETING in line for line in held) else gone(checkpoints)}\n', out)
+      said = True
+
   for line in lines:
     match = _LOG.match(line)
-    if held or (match and match['file'] in _PEERS and match['severity'] in 'WEF'):
-      held.append(line)
-    else:
-      said = said or GONE in line
-      out.write(line)
-      out.flush()
-    # Said at once: a cluster may end what is left of a job as soon as the process itself is over.
-    if line.startswith(_END) and not said:
+    if line.startswith(OWN):
       said = True
-      out.write(f'qalora train: error: {unmet if _met_nobody(held) else gone(checkpoints)}\n')
-      out.flush()
+      _pass(line, out)
+    elif held or (match and match['file'] in _PEERS and match['severity'] in 'WEF'):
+      held.append(line)
+      fatal = fatal or bool(match and match['severity'] == 'F')
+    else:
+      _pass(line, out)
+    # Said at once: a cluster may end what is left of a job as soon as the process itself is over.
+    if line.startswith(_END):
+      say()
+  say()
   if not said or not _kept(held, record):
     out.writelines(held)
 
@@ -71,8 +81,9 @@ def gone(checkpoints) -> str:
   )
 
 
-def _met_nobody(held: list[str]) -> bool:
-  return any(_MEETING in line for line in held)
+def _pass(line: str, out: TextIO) -> None:
+  out.write(line)
+  out.flush()
 
 
 def _kept(held: list[str], record) -> bool:

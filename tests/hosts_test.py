@@ -1,6 +1,7 @@
 """Several processes, for real: two with two CPU devices each, over gloo, against one process with four."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -157,6 +158,8 @@ def test_a_killed_process_ends_the_other(machine, tmp_path, victim):
   finally:
     for process in processes:
       process.kill()
+      process.wait()
+      process.stdout.close()
   assert processes[1 - victim].returncode
   errors = [line for line in said.splitlines() if 'error' in line.lower() or line.startswith(('Traceback', '  File'))]
   assert len(errors) == 1 and errors[0].startswith(f'qalora train: error: {aborts.GONE}'), said
@@ -180,10 +183,10 @@ def test_processes_that_do_not_meet(machine, tmp_path):
 
 
 def test_what_one_process_cannot_read_ends_all(machine, tmp_path, recipe, text):
-  """The 61st document is process 0's, and leaves nothing to learn."""
+  """The 21st document is process 0's, and leaves nothing to learn."""
   bad = tmp_path / 'lines.jsonl'
   good = [json.dumps({'prompt': line, 'completion': 'x'}) for line in text.read_text(encoding='utf-8').splitlines()]
-  bad.write_text('\n'.join([*good[:60], json.dumps({'prompt': 'the dog', 'completion': ''}), *good[60:]]) + '\n')
+  bad.write_text('\n'.join([*good[:20], json.dumps({'prompt': 'the dog', 'completion': ''}), *good[20:]]) + '\n')
   data = (f'--config.data.train.path={bad}', '--config.data.train.format=jsonl', '--config.data.train.append_eos=false')
   said = [done(process, status=None) for process in machine.pair(f'--workdir={tmp_path / "run"}', *run(*data))]
   assert all('leaves no token that carries loss' in text for text in said), said
@@ -235,13 +238,28 @@ def test_flags_that_do_not_go_together(flags, wrong):
     hosts.start(**flags)
 
 
-def test_other_lines_pass(tmp_path):
-  """What is not the runtime's is passed on as it comes, what is without an abort at the end."""
-  lines = ['one\n', 'E1122 02:25:23.5 12 coordination_service.cc:15] slow\n', 'two\n']
-  out = tmp_path / 'out'
-  with out.open('w') as file:
-    aborts.relay(lines, file, 'unmet', tmp_path, tmp_path / 'record.txt')
-  assert out.read_text() == ''.join(lines)
+ERROR = 'E1122 02:25:23.5 12 coordination_service.cc:15] slow\n'
+FATAL = 'F1122 02:25:23.5 12 client.h:80] Terminating\n'
+TRACE = '*** Check failure stack trace: ***\n'
+
+
+@pytest.mark.parametrize(
+  'lines, passed, kept',
+  [
+    (['one\n', ERROR, 'two\n'], ['one\n', ERROR, 'two\n'], []),
+    (['one\n', ERROR, FATAL, TRACE, '@ 0x7f\n'], ['one\n', None], [ERROR, FATAL, TRACE, '@ 0x7f\n']),
+    ([ERROR, FATAL], [None], [ERROR, FATAL]),
+    ([f'{aborts.OWN}no room\n', ERROR, FATAL, TRACE], [f'{aborts.OWN}no room\n'], [ERROR, FATAL, TRACE]),
+    ([ERROR, f'{aborts.OWN}no room\n', FATAL], [f'{aborts.OWN}no room\n'], [ERROR, FATAL]),
+  ],
+)
+def test_an_abort_is_one_message(tmp_path, lines, passed, kept):
+  """None stands for the message."""
+  out, record = io.StringIO(), tmp_path / 'aborts' / 'one.txt'
+  aborts.relay(lines, out, 'unmet', tmp_path, record)
+  said = [None if line.startswith(aborts.OWN + aborts.GONE) else line for line in out.getvalue().splitlines(True)]
+  assert said == passed
+  assert (record.read_text() if kept else '') == ''.join(kept)
 
 
 @pytest.mark.parametrize('nodes', [1, 2])
