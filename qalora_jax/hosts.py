@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 
 import jax
 from jax.experimental import multihost_utils
@@ -55,6 +56,9 @@ def start(
   with one message.
   """
   _check(coordinator, processes, process)
+  for name, seconds in (('heartbeat', heartbeat), ('meeting', meeting)):
+    if seconds < 1:
+      raise ValueError(f'--{name}={seconds}: seconds, at least 1.')
   if processes == 1 or jax.distributed.is_initialized():
     return
   known = processes or tasks()
@@ -73,21 +77,20 @@ def start(
   )
   if known:
     aborts.watch(unmet, checkpoints)
+  seconds = dict(initialization_timeout=meeting, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=_LEAVING)
   try:
-    jax.distributed.initialize(
-      **how,
-      initialization_timeout=meeting,
-      heartbeat_timeout_seconds=heartbeat,
-      shutdown_timeout_seconds=_LEAVING,
-    )
+    with warnings.catch_warnings():
+      # Kubernetes' package is missing in every pod that is no cluster, too.
+      warnings.simplefilter('ignore')
+      jax.distributed.initialize(**how, **seconds)
   except ValueError as error:
     if not known and 'coordinator_address' in str(error):
       return  # no cluster
-    raise ValueError(f'JAX cannot join the processes of this run: {error}') from None
+    raise ValueError(_unjoined(coordinator, error)) from None
   except RuntimeError as error:
     if not known and 'must be called before' in str(error):
       return  # a program of the user's own, which has begun with JAX already
-    raise ValueError(f'this process cannot begin at {where}: {error}; is the port taken?') from None
+    raise ValueError(_unjoined(coordinator, error)) from None
   if not known and jax.process_count() > 1:
     aborts.watch(unmet, checkpoints)
   if not first():
@@ -159,8 +162,10 @@ def gather(mine: bytes) -> list[bytes]:
   """What every process has, in their order; each gives a string of bytes of any length."""
   if jax.process_count() == 1:
     return [mine]
-  lengths = multihost_utils.process_allgather(np.array([len(mine)], np.int32)).reshape(-1)
-  longest, parts = int(lengths.max()), []
+  # Two numbers: JAX's integers have 32 bits.
+  sizes = multihost_utils.process_allgather(np.array(divmod(len(mine), _PIECE), np.int32))
+  lengths = [int(pieces) * _PIECE + int(rest) for pieces, rest in sizes]
+  longest, parts = max(lengths), []
   for start_ in range(0, longest, _PIECE):
     piece = np.zeros(min(_PIECE, longest - start_), np.uint8)
     own = np.frombuffer(mine[start_ : start_ + _PIECE], np.uint8)
@@ -190,6 +195,12 @@ def _check(coordinator: str, processes: int, process: int | None) -> None:
     raise ValueError(f'{shown}: the coordinator is HOST:PORT, such as node1:8476.')
   if all(given) and not 0 <= process < processes:
     raise ValueError(f'{shown}: {processes} processes are numbered from 0 to {processes - 1}.')
+
+
+def _unjoined(coordinator: str, error: Exception) -> str:
+  if coordinator:
+    return f'this process cannot begin at --coordinator={coordinator}: {error}; is the port taken?'
+  return f'JAX cannot join the processes of this run: {error}; with --processes=1 this one trains alone.'
 
 
 def _sees_its_own() -> bool:
