@@ -26,6 +26,7 @@ import traceback
 
 from experiments import grids
 from qalora_jax import config as config_lib
+from qalora_jax import launch
 from qalora_jax import lock
 from qalora_jax import progress
 from qalora_jax import report
@@ -327,19 +328,11 @@ def _died(run, why):
 
 def _submit(runs, root, measure, retry, workers, cluster, options):
   """The runs as jobs of submitit; returns when all are over."""
-  try:
-    import submitit
-  except ImportError as error:
-    raise ValueError(f'submitit is needed, and does not load ({error}): pip install "qalora_jax[cluster]".') from None
   if not runs:
     return
-  executor = submitit.AutoExecutor(folder=runs[0].directory.parent / 'jobs' / '%j', cluster=cluster)
   if cluster == 'slurm' and workers > 1:
     options = {'slurm_array_parallelism': workers} | options
-  try:
-    executor.update_parameters(name='qalora', **options)
-  except (NameError, TypeError, AssertionError) as error:
-    raise ValueError(f'--option: submitit does not take {options}: {error}') from None
+  executor = launch.executor(cluster, runs[0].directory.parent / 'jobs', options)
   submit = lambda run: executor.submit(perform, run, root, measure, retry)
   if cluster == 'local':
     # Jobs on this machine would all begin at once.

@@ -18,7 +18,6 @@ traceback and does not stop the others.  With --config.KEY=VALUE, NAME is follow
 """
 
 import argparse
-import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -33,6 +32,7 @@ from experiments import runs as runs_lib
 from experiments import stages
 from experiments import summary
 from qalora_jax import config as config_lib
+from qalora_jax import launch
 from qalora_jax import progress
 from qalora_jax import report
 
@@ -172,13 +172,10 @@ def positive(text: str) -> int:
 
 
 def _option(text):
-  key, equals, value = text.partition('=')
-  if not equals:
-    raise argparse.ArgumentTypeError(f'{text!r} is not KEY=VALUE')
   try:
-    return key, ast.literal_eval(value)
-  except (SyntaxError, ValueError):
-    return key, value
+    return launch.option(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -18,6 +19,7 @@ from qalora_jax import checkpoint
 from qalora_jax import checksum
 from qalora_jax import config as config_lib
 from qalora_jax import hf
+from qalora_jax import hosts
 from qalora_jax import layout
 from qalora_jax import limits
 from qalora_jax import packed
@@ -31,6 +33,7 @@ from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import examples
 from qalora_jax.data import recipes
 from qalora_jax.data import records
+from qalora_jax.data import shares
 from qalora_jax.generate import continuation
 from qalora_jax.generate import sampling
 from qalora_jax.models import linear
@@ -190,21 +193,19 @@ def tokenizer_directory(config: ml_collections.ConfigDict, directory: pathlib.Pa
 
 
 def encode(config, spec, tokenizer) -> list[examples.Example]:
-  """The examples of one of the config's datasets, all read and checked."""
+  """The examples of one of the config's datasets, all read and checked; of several processes each makes its part."""
   chosen = source(spec)
-  made = []
-  for document in records.read(chosen):
-    made += examples.encode(
-      document,
-      tokenizer,
-      window=config.data.window,
-      loss_on=chosen.loss_on,
-      append_eos=chosen.append_eos,
-      overflow=chosen.overflow,
-      max_prompt=config.data.max_prompt,
-      max_completion=config.data.max_completion,
-    )
-  return made
+  convert = functools.partial(
+    examples.encode,
+    tokenizer=tokenizer,
+    window=config.data.window,
+    loss_on=chosen.loss_on,
+    append_eos=chosen.append_eos,
+    overflow=chosen.overflow,
+    max_prompt=config.data.max_prompt,
+    max_completion=config.data.max_completion,
+  )
+  return shares.convert(lambda: records.read(chosen), convert)
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
@@ -291,9 +292,13 @@ def fingerprint(frozen: dict) -> int:
 def check_base(workdir, found: int) -> None:
   """Remembers in the workdir which base (its `fingerprint`) an adapter belongs to; ValueError if it is another now."""
   path = pathlib.Path(workdir) / _BASE_FILE
-  if not path.exists() and jax.process_index() == 0:
-    tensors.write_json(path, {'crc32': found})
-  check_fingerprint(workdir, found)
+
+  def compare():
+    if not path.exists():
+      tensors.write_json(path, {'crc32': found})
+    check_fingerprint(workdir, found)
+
+  hosts.once(compare)
 
 
 def check_fingerprint(workdir, found: int) -> None:

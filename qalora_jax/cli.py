@@ -13,6 +13,7 @@ _MODULES = {
   'plan': 'qalora_jax.plan',
   'quantize': 'qalora_jax.quantize',
   'train': 'qalora_jax.train',
+  'launch': 'qalora_jax.launch',
   'evaluate': 'qalora_jax.evaluate.command',
   'export': 'qalora_jax.export.command',
   'generate': 'qalora_jax.generate.command',
@@ -29,6 +30,7 @@ The verbs, in their natural order; what one writes, the next one reads:
   plan       what a training step takes on TPUs and GPUs that need not be here
   quantize   a dense model in, a model of 2 to 8 bits out (train can also do this as it loads)
   train      trains an adapter, or every weight; the same command again goes on where it stopped
+  launch     train as a job of Slurm, or in several processes of this machine
   evaluate   perplexity and multiple choice
   export     merges the adapter and writes a model that others can load
   generate   continues prompts, or holds a conversation (--chat)

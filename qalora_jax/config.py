@@ -30,7 +30,8 @@ FILE = 'config.json'
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-  """One flag of a verb.  kind: 'string', 'integer', 'float', 'bool' or 'list' (split at commas)."""
+  """One flag of a verb.  kind: 'string', 'integer', 'float', 'bool', 'list' (split at commas) or 'many' (a list,
+  one value each time the flag is given)."""
 
   name: str
   kind: str
@@ -56,6 +57,9 @@ _EXAMPLES = {
   'plan': '--config=configs/qalora_llama_7b.py --topology=h100',
   'quantize': '--config=configs/quickstart_questions.py --workdir=runs/four --config.base.method=affine',
   'train': '--config=configs/quickstart_questions.py --workdir=runs/taught --config.model.source=runs/four',
+  'launch': (
+    '--nodes=2 --config=configs/quickstart_questions.py --workdir=runs/taught --config.model.source=runs/four'
+  ),
   'evaluate': '--workdir=runs/taught',
   'export': '--workdir=runs/taught',
   'generate': "--workdir=runs/taught --prompt='Question: '",
@@ -65,13 +69,14 @@ _FLAGS = (
   Flag('workdir', 'string', None, 'The directory of this run: config.json, checkpoints, metrics, results.'),
 )
 # What these verbs leave behind has no place but a workdir.
-_WRITERS = ('train', 'quantize')
+_WRITERS = ('train', 'quantize', 'launch')
 _DEFINE = {
   'string': flags.DEFINE_string,
   'integer': flags.DEFINE_integer,
   'float': flags.DEFINE_float,
   'bool': flags.DEFINE_boolean,
   'list': flags.DEFINE_list,
+  'many': flags.DEFINE_multi_string,
 }
 
 
@@ -303,7 +308,7 @@ def _help(verb, summary, own_flags):
   lines = []
   for flag in own_flags:
     given = f'--{flag.name}' + ('' if flag.kind == 'bool' else '=...')
-    note = '' if flag.default in (None, False, '') else f'  Default: {flag.default}.'
+    note = '' if flag.default in (None, False, '', []) else f'  Default: {flag.default}.'
     lines.append(f'  {given:{width}}{flag.help}{note}')
   lines.append(f'  {"--config.KEY=...":{width}}Changes one value of the config.')
   workdir = '--workdir=DIR' if verb in _WRITERS else '[--workdir=DIR]'

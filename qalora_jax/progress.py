@@ -14,6 +14,11 @@ if not console.is_terminal:
   console.width = 160  # a log has no edge that a table would have to be cut at
 
 
+def silence() -> None:
+  """Nothing is printed any more: of the processes of one run, the first speaks."""
+  console.quiet = _bars.quiet = True
+
+
 class Bar:
   """What `bar` yields: `advance(n, text)` moves it on; `text` stands beside it (a loss, a speed)."""
 

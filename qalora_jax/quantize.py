@@ -13,6 +13,7 @@ from qalora_jax import calibrate
 from qalora_jax import cli
 from qalora_jax import config as config_lib
 from qalora_jax import hf
+from qalora_jax import hosts
 from qalora_jax import inspection
 from qalora_jax import lock
 from qalora_jax import packed
@@ -38,6 +39,7 @@ REPORT, ERRORS, CODES = 'quantization.json', 'quantization_errors.png', 'quantiz
 def main(argv=None) -> None:
   """Runs the command with `argv`."""
   arguments = config_lib.parse('quantize', argv, summary=SUMMARY)
+  hosts.alone('quantize')
   config, workdir = arguments.config, arguments.workdir
   if config.base.method == 'qat':
     raise ValueError('base.method = "qat" is trained: use `qalora train` with adapter.kind = "full", then export.')

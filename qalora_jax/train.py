@@ -17,6 +17,7 @@ from qalora_jax import checkpoint
 from qalora_jax import cli
 from qalora_jax import config as config_lib
 from qalora_jax import events
+from qalora_jax import hosts
 from qalora_jax import lock
 from qalora_jax import packed
 from qalora_jax import preemption
@@ -35,6 +36,13 @@ SUMMARY = (
   'Trains what config.adapter names (qalora, lora, or full) on config.data.train and keeps it in the workdir.\n'
   'Run again with the same command, it goes on from the last checkpoint as if it had never stopped.'
 )
+_HOSTS = (
+  config_lib.Flag('coordinator', 'string', '', 'HOST:PORT of process 0 of several.  Default: as the cluster says.'),
+  config_lib.Flag('processes', 'integer', 0, 'How many processes this run has.'),
+  config_lib.Flag('process', 'integer', None, 'Which of them this one is, from 0.'),
+  config_lib.Flag('meeting', 'integer', hosts.MEETING, 'Seconds within which they must all have come.'),
+  config_lib.Flag('heartbeat', 'integer', hosts.HEARTBEAT, 'Seconds without a sign of life that mean death.'),
+)
 
 
 class Diverged(ValueError):
@@ -43,8 +51,11 @@ class Diverged(ValueError):
 
 def main(argv=None) -> None:
   """Runs the command with `argv` (default: the process's)."""
-  arguments = config_lib.parse('train', argv, summary=SUMMARY, extra_flags=(config_lib.REPLACE,))
-  train(arguments.config, arguments.workdir, replace_config=arguments.values[config_lib.REPLACE.name])
+  arguments = config_lib.parse('train', argv, summary=SUMMARY, extra_flags=(config_lib.REPLACE, *_HOSTS))
+  values, checkpoints = arguments.values, arguments.workdir / build.CHECKPOINTS
+  hosts.start(**{flag.name: values[flag.name] for flag in _HOSTS}, checkpoints=checkpoints)
+  with hosts.ended(checkpoints):
+    train(arguments.config, arguments.workdir, replace_config=values[config_lib.REPLACE.name])
 
 
 def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
@@ -83,9 +94,9 @@ def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemptio
   begins = bases.beginning(config)
   if built.directory is not None and stored.is_quantized(built.directory) and config.adapter.kind in adapters.KINDS:
     stored.check_beginning(built.directory, begins)
-  hold()
+  hosts.together(hold)
   if not replace_config:
-    config_lib.save(config, workdir)
+    hosts.once(lambda: config_lib.save(config, workdir))
   built = _with_base(config, workdir, built)
   program = program_lib.make(config, built, mesh)
   # What a run that goes on began with is in its checkpoint.
@@ -104,8 +115,9 @@ def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemptio
       progress.console.print(f'continuing from step {int(state.step)}')
     if replace_config:
       # Only now: a checkpoint that this config cannot restore leaves the config that wrote it.
-      config_lib.save(config, workdir, replace=True)
-    with Log(workdir, int(state.step), config.train.tensorboard) as log, watch.steps():
+      hosts.once(lambda: config_lib.save(config, workdir, replace=True))
+    kept = Log(workdir, int(state.step), config.train.tensorboard) if hosts.first() else Silence()
+    with kept as log, watch.steps():
       state = _loop(
         config,
         state,
@@ -128,6 +140,11 @@ def _with_base(config, workdir: pathlib.Path, built: build.Setup) -> build.Setup
   if built.directory is None or stored.is_quantized(built.directory) or not bases.needs_quantize(config):
     return built
   if not packed.holds(workdir / build.BASE):
+    if jax.process_count() > 1:
+      raise ValueError(
+        'this base takes more than rounding, which is the work of one process: run `qalora quantize` with this config, '
+        'and name its directory as model.source.'
+      )
     quantize.quantize(config, workdir / build.BASE)
   return build.setup(build.prepared(config, workdir))
 
@@ -140,7 +157,7 @@ def _loop(config, state, frozen, data, *, program, score, manager, log, watch) -
   with progress.bar('training', settings.steps, start=done) as bar:
     while done < settings.steps:
       batch = next(data)
-      state, metrics = program.step(state, frozen, batch)
+      state, metrics = program.step(state, frozen, hosts.spread(batch, program.batch['tokens'].sharding))
       done += 1
       losses.append((metrics['loss'], metrics['grad_norm']))
       tokens += np.count_nonzero(batch['segments'])
@@ -231,6 +248,16 @@ class Log(contextlib.AbstractContextManager):
     self._file.close()
     if self._board:
       self._board.close()
+
+
+class Silence(contextlib.AbstractContextManager):
+  """The Log of every process but the first: nothing is written twice."""
+
+  def write(self, step: int, **values) -> None:
+    """Writes nothing."""
+
+  def __exit__(self, *_):
+    pass
 
 
 if __name__ == '__main__':

@@ -9,7 +9,18 @@ PACKAGE = 'qalora_jax'
 # A module imports from its own layer and from those before it.  A name stands for a module and all below it;
 # the longest name counts.
 LAYERS = (
-  ('progress', 'rules', 'limits', 'topologies', 'collectives', 'lock', 'preemption', 'events'),
+  (
+    'progress',
+    'rules',
+    'limits',
+    'topologies',
+    'collectives',
+    'lock',
+    'preemption',
+    'events',
+    'hosts',
+    'aborts',
+  ),  # fmt: skip
   ('quant',),
   ('kernels',),
   ('adapters',),
@@ -23,7 +34,7 @@ LAYERS = (
   ('config', 'cli', 'bases', 'build', 'adapted', 'program'),
   ('evaluate.command', 'export.command', 'generate.command'),
   ('quantize',),
-  ('train', 'plan'),
+  ('train', 'plan', 'launch'),
   ('__main__', 'evaluate.__main__', 'export.__main__', 'generate.__main__'),
 )
 # The only rooms that read a ConfigDict.
@@ -36,6 +47,7 @@ DOORS = {
   'program',
   'plan',
   'train',
+  'launch',
   'quantize',
   'generate.command',
   'evaluate.command',

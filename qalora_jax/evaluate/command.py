@@ -13,6 +13,7 @@ import numpy as np
 from qalora_jax import adapted
 from qalora_jax import build
 from qalora_jax import config as config_lib
+from qalora_jax import hosts
 from qalora_jax import progress
 from qalora_jax import quant
 from qalora_jax import report
@@ -66,6 +67,7 @@ class Wanted:
 def main(argv=None) -> list[dict]:
   """Runs the command with `argv`; prints a table and writes results.json into the workdir."""
   arguments = config_lib.parse('evaluate', argv, summary=SUMMARY, extra_flags=_FLAGS)
+  hosts.alone('evaluate')
   config, values = arguments.config, arguments.values
   if values['tasks']:
     config = config.copy_and_resolve_references()

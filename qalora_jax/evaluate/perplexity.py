@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 import numpy as np
 
+from qalora_jax import hosts
 from qalora_jax import progress
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
@@ -22,7 +23,7 @@ def row_scores(model: nn.Module, variables: dict, *, examples: list, window: int
   with progress.bar(label, len(examples)) as bar:
     for rows in batches.scoring(examples, window=window, batch=batch):
       index = rows.pop('rows')
-      got_nll, got_count = jax.device_get(score(variables, rows))
+      got_nll, got_count = jax.device_get(score(variables, hosts.spread(rows, sharding.batch(mesh))))
       real = index >= 0
       nll[index[real]], count[index[real]] = got_nll[real], got_count[real]
       bar.advance(int(real.sum()))
@@ -33,7 +34,9 @@ def row_scores(model: nn.Module, variables: dict, *, examples: list, window: int
 def _compiled(model: nn.Module, mesh):
   """One jitted function a model: the validations of a long run share its program."""
   return jax.jit(
-    sharding.over(mesh, functools.partial(step_lib.score_rows, model)), in_shardings=(None, sharding.batch(mesh))
+    sharding.over(mesh, functools.partial(step_lib.score_rows, model)),
+    in_shardings=(None, sharding.batch(mesh)),
+    out_shardings=sharding.replicated(mesh),  # every process reads all rows' scores
   )
 
 

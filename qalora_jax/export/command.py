@@ -9,6 +9,7 @@ from qalora_jax import adapted
 from qalora_jax import adapters
 from qalora_jax import build
 from qalora_jax import config as config_lib
+from qalora_jax import hosts
 from qalora_jax import peft
 from qalora_jax import progress
 from qalora_jax import quant
@@ -50,6 +51,7 @@ def main(argv=None) -> None:
     config_lib.Flag('allow_lossy', 'bool', False, 'hf-gptq: round offsets to integer zero-points.'),
   )
   arguments = config_lib.parse('export', argv, summary=SUMMARY, extra_flags=flags)
+  hosts.alone('export')
   values = arguments.values
   chosen = values['format']
   _check_values(values)

@@ -11,6 +11,7 @@ from qalora_jax import adapted
 from qalora_jax import build
 from qalora_jax import cli
 from qalora_jax import config as config_lib
+from qalora_jax import hosts
 from qalora_jax import progress
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import records
@@ -41,6 +42,7 @@ def main(argv=None) -> str | list[dict]:
     config_lib.Flag('system', 'string', '', 'With --chat: the system message.'),
   )
   arguments = config_lib.parse('generate', argv, summary=SUMMARY, extra_flags=flags)
+  hosts.alone('generate')
   config, values = arguments.config, arguments.values
   if bool(values['prompts']) + bool(values['chat']) + bool(values['prompt'] and not values['chat']) > 1:
     raise ValueError('--prompt, --prompts and --chat exclude each other (but --chat may begin with a --prompt).')
