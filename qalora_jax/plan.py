@@ -351,8 +351,9 @@ def _shares(mesh: dict[str, int]) -> int:
 def _largest(known: Plan, size: int, unit: int, at: Callable[[int], Plan], tried: Callable[[], None]) -> int:
   """The largest multiple of `unit` whose plan fits, as far as _TRIES programs find it; 0 where none does.
 
-  What a step holds is close to linear in its rows, and in its window: the next size is where the line through the two
-  sizes nearest to the capacity reaches it.  Only a size whose program was compiled, and fits, is returned.
+  What a step holds is close to linear in its rows, and in its window: the next size is where the line through the
+  largest that fits and the smallest that does not reaches the capacity.  Only a size whose program was compiled, and
+  fits, is returned.
   """
   capacity, totals = known.capacity, {size: known.memory.total}
   # At first as if all that lives within the step grew with the size.
@@ -360,8 +361,11 @@ def _largest(known: Plan, size: int, unit: int, at: Callable[[int], Plan], tried
   for _ in range(_TRIES - 1):
     fits = max((n for n, total in totals.items() if total <= capacity), default=0)
     fails = min((n for n, total in totals.items() if total > capacity), default=math.inf)
-    points = sorted(totals.items() if len(totals) > 1 else (totals_at_zero | totals).items())
-    (n0, held0), (n1, held1) = sorted(sorted(points, key=lambda point: abs(point[1] - capacity))[:2])
+    if fits and fails < math.inf:
+      ends = fits, fails
+    else:
+      ends = sorted(totals_at_zero | totals)[-2:] if fits else sorted(totals_at_zero | totals)[:2]
+    (n0, held0), (n1, held1) = ((n, (totals_at_zero | totals)[n]) for n in ends)
     rise = (held1 - held0) / (n1 - n0)
     # Where nothing grows yet, far ahead.
     guess = n0 + (capacity - held0) / rise if rise > 0 else 8 * n1

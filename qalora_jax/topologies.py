@@ -207,7 +207,7 @@ def _gpus(topology: Topology) -> tuple:
 def _cpus(topology: Topology) -> tuple:
   # Only before jax's first use of a device can it be told how many there are to be.
   with contextlib.suppress(RuntimeError):
-    if jax.config.jax_num_cpu_devices < topology.count:
+    if topology.count > max(jax.config.jax_num_cpu_devices, 1):
       jax.config.update('jax_num_cpu_devices', topology.count)
   here = jax.devices('cpu')
   if len(here) < topology.count:
