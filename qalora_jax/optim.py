@@ -115,8 +115,8 @@ def _compressed_zeros(like, levels) -> Blocked | jax.Array:
 def block_of(shape: tuple[int, ...]) -> int:
   """The entries along the last axis that share a constant, 16 to 256 of them; 0 for an array that stays float32.
 
-  That is one of fewer than 4096 entries, as in the paper, or that no block divides.  Of the divisors from 64 on it is the
-  one whose blocks halve most often, so that they divide over as many devices as the axis.
+  That is one of fewer than 4096 entries, as in the paper, or that no block divides.  Of the divisors from 64 on it is
+  the one whose blocks halve most often, so that they divide over as many devices as the axis.
   """
   fits = [size for size in range(16, 257) if shape and shape[-1] % size == 0]
   if math.prod(shape) < _LEAST or not fits:
