@@ -21,6 +21,7 @@ from qalora_jax import adapters
 from qalora_jax import optim
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
+from qalora_jax.kernels import exact
 from qalora_jax.models import linear
 from qalora_jax.models import llama
 from qalora_jax.models import pieces
@@ -162,6 +163,24 @@ def test_gradients_of_keys_are_added_in_float32(monkeypatch):
   got = jax.grad(lambda v: loss(v))(v).astype(jnp.float32)
   # One rounding of each, 2^-9 of the entry, and the products' own: the probabilities are bfloat16 in both.
   np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize('narrow', [0, 1])
+def test_a_product_with_a_float32_operand_copies_no_other(narrow, monkeypatch):
+  """Three pieces of one operand, and the other as it is; to 2^-22 of the products' magnitudes."""
+  monkeypatch.setattr(exact.product_lib, 'device', lambda: exact.product_lib.Device('gpu', 'NVIDIA H100'))
+  rng = np.random.default_rng(0)
+  operands = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((24, 80), (80, 56))]
+  operands[narrow] = operands[narrow].astype(jnp.bfloat16)
+  wide = [np.asarray(operand, np.float64) for operand in operands]
+  # Each piece leaves 2^-8 of the rest, so three leave nothing; sums of 80 numbers in float32 leave 80 x 2^-24 at most.
+  bound = 80 * 2.0**-24 * (np.abs(wide[0]) @ np.abs(wide[1]))
+  assert (np.abs(np.asarray(exact.dot(*operands), np.float64) - wide[0] @ wide[1]) <= bound).all()
+  made = str(jax.make_jaxpr(exact.dot)(*operands))
+  assert not re.search(r'bf16\[\d*,?240|bf16\[240', made)
+  # Pieces of the float32 operand alone are stacked.
+  (stacked,) = set(re.findall(r'bf16\[3,(\d+,\d+)\]', made))
+  assert stacked == ','.join(map(str, operands[1 - narrow].shape))
 
 
 def test_a_run_that_offloads_is_the_same_run(qalora, trained, tmp_path):
