@@ -75,36 +75,36 @@ class Moments(NamedTuple):
 
 
 class Blocked(struct.PyTreeNode):
-  """x [..., I] as levels[codes] * absmax of its block: codes [..., I] uint8, absmax [..., I / block] float32."""
+  """x [..., I] as levels[codes] * peak of its block: codes [..., I] uint8, peak [..., I / block] float32.
+
+  The peak is the entry of largest magnitude, with its sign: the levels have 1, and need not have -1.
+  """
 
   codes: jax.Array
-  absmax: jax.Array
+  peak: jax.Array
 
   def expand(self, levels) -> jax.Array:
     """x in float32."""
-    blocks = jnp.asarray(levels)[self.codes.astype(jnp.int32)].reshape(*self.absmax.shape, -1)
-    return (blocks * self.absmax[..., None]).reshape(self.codes.shape)
+    blocks = jnp.asarray(levels)[self.codes.astype(jnp.int32)].reshape(*self.peak.shape, -1)
+    return (blocks * self.peak[..., None]).reshape(self.codes.shape)
 
 
-def compress(x, levels) -> Blocked | jax.Array:
+def compress(x, levels, block: int) -> Blocked:
   """x [..., I] float32 in 8 bits by the nearest of 256 levels, in blocks along the last axis (Dettmers et al., 2022).
 
-  What is above 0 never becomes 0 where the levels have no sign, for it is divided by.  Arrays of fewer than 4096
-  entries, as in the paper, and those that no block divides stay as they are.
+  What is above 0 never becomes 0 where the levels have no sign, for it is divided by.
   """
-  block = block_of(x.shape)
-  if not block:
-    return x
   blocks = x.reshape(*x.shape[:-1], -1, block)
-  absmax = jnp.abs(blocks).max(-1)
-  codes = codebooks.nearest(levels, blocks / jnp.where(absmax == 0, 1.0, absmax)[..., None])
+  high, low = blocks.max(-1), blocks.min(-1)
+  peak = jnp.where(high >= -low, high, low)
+  codes = codebooks.nearest(levels, blocks / jnp.where(peak == 0, 1.0, peak)[..., None])
   if levels[0] == 0:
     codes = jnp.where(blocks > 0, jnp.maximum(codes, 1), codes)
-  return Blocked(codes.astype(jnp.uint8).reshape(x.shape), absmax)
+  return Blocked(codes.astype(jnp.uint8).reshape(x.shape), peak)
 
 
-def compressed_zeros(like, levels) -> Blocked | jax.Array:
-  """`compress` of zeros in the shape of `like`."""
+def _compressed_zeros(like, levels) -> Blocked | jax.Array:
+  """Zeros in the shape of `like`, compressed where `block_of` finds a block."""
   block = block_of(like.shape)
   if not block:
     return jnp.zeros(like.shape)
@@ -113,9 +113,10 @@ def compressed_zeros(like, levels) -> Blocked | jax.Array:
 
 
 def block_of(shape: tuple[int, ...]) -> int:
-  """The entries along the last axis that share a constant, 16 to 256 of them; 0 where nothing is to be gained.
+  """The entries along the last axis that share a constant, 16 to 256 of them; 0 for an array that stays float32.
 
-  Of the divisors from 64 on that whose blocks halve most often, so that they divide over as many devices as the axis.
+  That is one of fewer than 4096 entries, as in the paper, or that no block divides.  Of the divisors from 64 on it is
+  the one whose blocks halve most often, so that they divide over as many devices as the axis.
   """
   fits = [size for size in range(16, 257) if shape and shape[-1] % size == 0]
   if math.prod(shape) < _LEAST or not fits:
@@ -124,10 +125,19 @@ def block_of(shape: tuple[int, ...]) -> int:
   return max(fits, key=lambda size: (min(size, 64), halves(shape[-1] // size), size))
 
 
-# How moments are held, given their levels: (what is kept of zeros like a weight; of an array; the array again).
+def _compressed_as(x, held, levels) -> Blocked | jax.Array:
+  """x as `held` was."""
+  return compress(x, levels, x.shape[-1] // held.peak.shape[-1]) if isinstance(held, Blocked) else x
+
+
+def _expanded(held, levels) -> jax.Array:
+  return held.expand(levels) if isinstance(held, Blocked) else held
+
+
+# How moments are held, given their levels: (zeros like a weight; x in the form of what was held; what is held, wide).
 STATES = {
-  'float32': (lambda like, levels: jnp.zeros(like.shape), lambda x, levels: x, lambda kept, levels: kept),
-  'int8': (compressed_zeros, compress, lambda kept, levels: kept.expand(levels) if isinstance(kept, Blocked) else kept),
+  'float32': (lambda like, levels: jnp.zeros(like.shape), lambda x, held, levels: x, lambda held, levels: held),
+  'int8': (_compressed_zeros, _compressed_as, _expanded),
 }
 
 
@@ -137,12 +147,12 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, *, state: str, offload
   Of the second moment the root is held, which has half its decades.  Weights are gone through one after the other, and
   a stack of layers layer by layer, in place: no more than a layer's moments are ever wide, or on the device.
   """
-  zero, keep, made = STATES[state]
+  zeros, keep, wide = STATES[state]
   levels = codebooks.DYNAMIC, codebooks.DYNAMIC_UNSIGNED
   move = (lambda tree, space: jax.device_put(tree, space)) if offload else (lambda tree, space: tree)
 
   def init(params):
-    blank = lambda levels: jax.tree.map(lambda p: move(zero(p, levels), jax.memory.Space.Host), params)
+    blank = lambda levels: jax.tree.map(lambda p: move(zeros(p, levels), jax.memory.Space.Host), params)
     return Moments(jnp.zeros((), jnp.int32), blank(levels[0]), blank(levels[1]))
 
   def update(grads, moments, params=None):
@@ -151,9 +161,10 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, *, state: str, offload
     rise = [1 - beta**count for beta in (beta1, beta2)]
 
     def one(g, *held):
-      mu, root = (made(x, own) for x, own in zip(move(held, jax.memory.Space.Device), levels, strict=True))
+      held = move(held, jax.memory.Space.Device)
+      mu, root = map(wide, held, levels)
       mu, nu = beta1 * mu + (1 - beta1) * g, beta2 * jnp.square(root) + (1 - beta2) * jnp.square(g)
-      held = tuple(keep(x, own) for x, own in zip((mu, jnp.sqrt(nu)), levels, strict=True))
+      held = tuple(map(keep, (mu, jnp.sqrt(nu)), held, levels))
       return mu / rise[0] / (jnp.sqrt(nu / rise[1]) + eps), *move(held, jax.memory.Space.Host)
 
     each = [jax.tree.structure(grads).flatten_up_to(tree) for tree in (grads, moments.mu, moments.nu)]

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import math
+import re
 
 from flax import linen as nn
 import hypothesis
@@ -13,9 +16,12 @@ import optax
 import pytest
 import step_test
 
+from experiments import topologies
 from qalora_jax import adapters
+from qalora_jax import optim
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
+from qalora_jax.kernels import exact
 from qalora_jax.models import linear
 from qalora_jax.models import llama
 from qalora_jax.models import pieces
@@ -157,3 +163,90 @@ def test_gradients_of_keys_are_added_in_float32(monkeypatch):
   got = jax.grad(lambda v: loss(v))(v).astype(jnp.float32)
   # One rounding of each, 2^-9 of the entry, and the products' own: the probabilities are bfloat16 in both.
   np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize('narrow', [0, 1])
+def test_a_product_with_a_float32_operand_copies_no_other(narrow, monkeypatch):
+  """Three pieces of one operand, and the other as it is; to 2^-22 of the products' magnitudes."""
+  monkeypatch.setattr(exact.product_lib, 'device', lambda: exact.product_lib.Device('gpu', 'NVIDIA H100'))
+  rng = np.random.default_rng(0)
+  operands = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((24, 80), (80, 56))]
+  operands[narrow] = operands[narrow].astype(jnp.bfloat16)
+  wide = [np.asarray(operand, np.float64) for operand in operands]
+  # Each piece leaves 2^-8 of the rest, so three leave nothing; sums of 80 numbers in float32 leave 80 x 2^-24 at most.
+  bound = 80 * 2.0**-24 * (np.abs(wide[0]) @ np.abs(wide[1]))
+  assert (np.abs(np.asarray(exact.dot(*operands), np.float64) - wide[0] @ wide[1]) <= bound).all()
+  made = str(jax.make_jaxpr(exact.dot)(*operands))
+  assert not re.search(r'bf16\[\d*,?240|bf16\[240', made)
+  # Pieces of the float32 operand alone are stacked.
+  (stacked,) = set(re.findall(r'bf16\[3,(\d+,\d+)\]', made))
+  assert stacked == ','.join(map(str, operands[1 - narrow].shape))
+
+
+def test_a_run_that_offloads_is_the_same_run(qalora, trained, tmp_path):
+  """Layers' inputs and moments on the host, through a checkpoint too; the state comes back to where it was."""
+  offloads = ('model.remat=offload', 'optim.offload=true', 'train.checkpoint_every=2')
+  qalora('train', tmp_path, *offloads, 'train.steps=2', 'train.validate_every=0')
+  state = qalora('train', tmp_path, *offloads, '--replace_config')
+  lines = lambda workdir: [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  losses = lambda workdir: {row['step']: row['loss'] for row in lines(workdir) if 'loss' in row}
+  got, want = losses(tmp_path), losses(trained)
+  assert got.keys() == want.keys() == set(range(1, 9))
+  # Layers are computed again, and Adam's operations are rounded in another order.
+  np.testing.assert_allclose(list(got.values()), [want[step] for step in got], rtol=1e-5)
+  is_moments = lambda node: isinstance(node, optim.Moments)
+  (moments,) = filter(is_moments, jax.tree.leaves(state.opt_state, is_leaf=is_moments))
+  assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves((moments.mu, moments.nu))} == {sharding.HOST}
+
+
+# A small LLaMA that is compiled for a TPU; its vocabulary is the size of nothing else, and so is its window.
+ROWS, WINDOW, WIDTH, MLP, VOCABULARY, RANK = 2, 384, 256, 512, 1024, 8
+
+
+def compiled_step(layers: int):
+  """(a training step that offloads all it can, for v5e, gradients and moments' bytes of a further layer)."""
+  scheme = linear.Scheme(
+    quantizers=(('all', affine.Affine(4, 32)),),
+    adapter=adapters.Adapter('qalora', RANK, 8.0),
+    frozen_dtype=jnp.bfloat16,
+  )
+  config = llama.ModelConfig(VOCABULARY, WIDTH, MLP, layers, 2, 2, dtype=jnp.bfloat16, remat='offload')
+  model = llama.Llama(config, scheme)
+  settings = dict(clip=0.3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+  tx = optim.adamw(lambda step: 1e-3, **settings, offload=True)
+  tokens = jax.ShapeDtypeStruct((ROWS, WINDOW), jnp.int32)
+  variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
+  state = jax.eval_shape(functools.partial(step_lib.init_state, tx), variables['params'])
+  batch = dict.fromkeys(('tokens', 'loss_mask', 'segments', 'positions'), tokens)
+  mesh = topologies.chip('v5e')
+  whole = sharding.replicated(mesh)
+  there = lambda tree: jax.tree.map(lambda _: whole, tree)
+  at = optim.on_host(there(state))
+  put = lambda tree, at: jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, at)
+  placed = put(state, at), *(put(tree, there(tree)) for tree in (variables['frozen'], batch))
+  with jax.set_mesh(mesh):
+    train = functools.partial(step_lib.train_step, model, tx, 0, 1)
+    compiled = topologies.compiled(train, *placed, out_shardings=(at, whole), donate_argnums=0)
+  return compiled, sum(leaf.size * 4 for leaf in jax.tree.leaves(variables['params'])) // layers
+
+
+@pytest.mark.skipif(not topologies.installed(), reason='libtpu is not installed')
+def test_a_compiled_step_is_small(monkeypatch):
+  """A further layer costs a device its packed weights, its adapter and their gradients, and nothing else.
+
+  Its input goes to the host, where its moments are.  No array of all logits or of all scores is anywhere.
+  """
+  monkeypatch.setattr(step_lib, 'LOGITS', 2**19)
+  monkeypatch.setattr(llama, 'SCORES', 2**19)
+  (few, _), (many, trained) = compiled_step(2), compiled_step(6)
+  grown = lambda name: (getattr(many.memory_analysis(), name) - getattr(few.memory_analysis(), name)) / 4
+  dense = 2 * (4 * WIDTH**2 + 3 * WIDTH * MLP)
+  # The gradients, each padded to whole tiles of 8 x 128 numbers: those of A have 8 columns.
+  assert grown('temp_size_in_bytes') <= 2 * trained + 128 * 1024 < dense / 4
+  assert grown('host_temp_size_in_bytes') == pytest.approx(2 * ROWS * WINDOW * WIDTH, rel=0.05)
+  assert grown('host_argument_size_in_bytes') >= 2 * trained
+  for compiled in few, many:
+    shapes = [tuple(map(int, dims.split(','))) for dims in re.findall(r'(?:f32|bf16)\[([\d,]+)\]', compiled.as_text())]
+    assert not [dims for dims in shapes if VOCABULARY in dims and math.prod(dims) >= ROWS * WINDOW * VOCABULARY]
+    assert not [dims for dims in shapes if dims.count(WINDOW) == 2]
+    assert any(VOCABULARY in dims and math.prod(dims) == 2**17 for dims in shapes)

@@ -27,21 +27,22 @@ def dot(a, b) -> jax.Array:
   """a [M, K] @ b [K, N] with float32's accuracy, in float32.
 
   A bfloat16 operand and a float32 one are, off CPU, one bfloat16 product with three pieces: a float32 product takes a
-  TPU twice as long, and a GPU's float32 units some four times.
+  TPU twice as long, and a GPU's float32 units some four times.  The pieces lie beside each other along an axis of their
+  own, and what they make is added: along K the bfloat16 operand would be held three times.
   """
   narrow = [operand.dtype == jnp.bfloat16 for operand in (a, b)]
   if sum(narrow) != 1 or product_lib.device().platform == 'cpu':
     return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32), precision=_EXACT)
-  left = [a] * 3 if narrow[0] else pieces(a.astype(jnp.float32), 3)
-  right = [b] * 3 if narrow[1] else pieces(b.astype(jnp.float32), 3)
-  return _together(left, right)
+  beside = lambda operand: jnp.stack(pieces(operand.astype(jnp.float32), 3))
+  multiply = lambda axes, *operands: jnp.einsum(axes, *operands, preferred_element_type=jnp.float32).sum(0)
+  return multiply('pmk,kn->pmn', beside(a), b) if narrow[1] else multiply('mk,pkn->pmn', a, beside(b))
 
 
 def by_offset(pooled, offset) -> jax.Array:
   """pool(x) [M, L] @ offset [L, O] in float32, to 2^-15 of |pooled| @ |offset|, for an x in bfloat16."""
   if product_lib.device().platform == 'cpu':
     return jnp.dot(pooled, offset, precision=_EXACT)
-  return _together([of_pooled(pooled)], [of_offset(offset)])
+  return jnp.dot(of_pooled(pooled), of_offset(offset), preferred_element_type=jnp.float32)
 
 
 def of_pooled(pooled) -> jax.Array:
@@ -58,8 +59,3 @@ def of_offset(offset) -> jax.Array:
   """
   first, second, third = pieces(offset, 3)
   return jnp.concatenate([first, second, third, first])
-
-
-def _together(left, right) -> jax.Array:
-  """The sum of the products of pieces, in one pass."""
-  return jnp.dot(jnp.concatenate(left, 1), jnp.concatenate(right, 0), preferred_element_type=jnp.float32)
