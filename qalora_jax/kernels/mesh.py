@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from qalora_jax.kernels import exact
 from qalora_jax.kernels import product as product_lib
 from qalora_jax.quant import double
 from qalora_jax.quant import qtensor
@@ -125,6 +126,31 @@ def lay(x, rows: tuple[str, ...], features: str | None = None) -> jax.Array:
   if not sizes or _explicit(sizes) or not divides:
     return x
   return jax.lax.with_sharding_constraint(x, _P(rows or None, *(None,) * (x.ndim - 2), features))
+
+
+def offset_gradient(pooled, dy, w: qtensor.QTensor) -> jax.Array:
+  """pool(x).T @ dy [L, O] in float32 from pool(x) [B, ..., L] and dy [B, ..., O]: that of w's offsets.
+
+  Every device multiplies its own rows, and those that share w add up.  Left to itself XLA sends the rows around: the
+  product is of pieces side by side along the rows (`exact.dot`), which are divided.
+  """
+
+  def local(pooled, dy):
+    rows = dy.reshape(-1, dy.shape[-1])
+    return exact.dot(pooled.reshape(len(rows), -1).T, rows)
+
+  sizes, division = _free(), divide(dy, w)
+  if not sizes or division is None or _explicit(sizes):
+    return local(pooled, dy)
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = (division.rows or None, *(None,) * (dy.ndim - 2)) if dy.ndim > 1 else ()
+  return jax.shard_map(
+    lambda pooled, dy: jax.lax.psum(local(pooled, dy), division.rows),
+    in_specs=(_P(*rows, division.inputs), _P(*rows, division.outputs)),
+    out_specs=_P(division.inputs, division.outputs),
+    axis_names={axis for axis in mesh.axis_names if axis not in mesh.manual_axes},
+    check_vma=False,
+  )(pooled, dy)
 
 
 def _explicit(axes) -> set[str]:

@@ -6,7 +6,6 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from qalora_jax.kernels import exact
 from qalora_jax.kernels import mesh
 from qalora_jax.kernels import plan
 from qalora_jax.kernels import product
@@ -122,8 +121,7 @@ def _gradients(impl, kept, dy):
   dx = _over_copies(_multiply(dy, w, impl, transposed=True), pooled)
   if w.offset is None:
     return dx, None
-  rows = dy.reshape(-1, dy.shape[-1])
-  doffset = _over_copies(exact.dot(pooled.reshape(-1, w.groups).T, rows), w.offset)
+  doffset = _over_copies(mesh.offset_gradient(pooled, dy, w), w.offset)
   return dx, w.replace(planes=None, scale=None, layer=None, offset=doffset.astype(w.offset.dtype))
 
 
