@@ -223,6 +223,11 @@ def harm(rng: random.Random, checkpoints: pathlib.Path) -> str | None:
   return f'{found[0]}: {name.partition("/")[0]}, {how}'
 
 
+def arrays(place: pathlib.Path):
+  """The tree of arrays that orbax wrote there."""
+  return ocp.StandardCheckpointer().restore(place)
+
+
 def compare(disturbed: pathlib.Path, whole: pathlib.Path) -> None:
   """Raises ValueError, naming it, where two finished workdirs differ in what training left."""
   ends = [max(checkpoint.steps(place / build.CHECKPOINTS)) for place in (disturbed, whole)]
@@ -230,7 +235,7 @@ def compare(disturbed: pathlib.Path, whole: pathlib.Path) -> None:
     raise ValueError(f'the runs ended at steps {ends}')
   one, two = (place / build.CHECKPOINTS / str(ends[0]) for place in (disturbed, whole))
   for item in ('params', 'optimizer'):
-    trees = [jax.tree.leaves_with_path(ocp.StandardCheckpointer().restore(place / item)) for place in (one, two)]
+    trees = [jax.tree.leaves_with_path(arrays(place / item)) for place in (one, two)]
     for (path, left), (_, right) in zip(*trees, strict=True):
       if np.asarray(left).tobytes() != np.asarray(right).tobytes():
         raise ValueError(f'{item}{jax.tree_util.keystr(path)} differs')
