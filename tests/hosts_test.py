@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 
+import hypothesis
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from qalora_jax import aborts
 from qalora_jax import config as config_lib
 from qalora_jax import hosts
 from qalora_jax import launch
+from qalora_jax.data import shares
 
 STEPS = 6
 # Seconds: what two slow cores need to compile a step twice.
@@ -129,19 +132,23 @@ def test_files_are_written_once(together):
   assert sorted(path.name for path in (together / 'checkpoints').iterdir() if path.name.isdigit()) == ['3', '6']
 
 
-def test_a_model_divided_between_processes(machine, alone, tmp_path):
-  for process in machine.pair(f'--workdir={tmp_path}', *run(data=2, tensor=2)):
-    done(process)
+def test_a_model_divided_between_processes_that_are_launched(machine, alone, tmp_path):
+  pytest.importorskip('submitit')
+  said = machine.one('--nodes=2', f'--workdir={tmp_path}', *run(data=2, tensor=2), verb='launch')
+  assert said.count('trained parameters') == 1
   assert_same(losses(tmp_path), losses(alone))
 
 
-@pytest.mark.parametrize('devices', [4, 1])
-def test_one_process_goes_on_where_two_stopped(machine, alone, together, tmp_path, devices):
-  shutil.copytree(together, tmp_path / 'run')
-  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6')
-  said = machine.one(f'--workdir={tmp_path / "run"}', *run(data=-1), '--replace_config', devices=devices)
+@pytest.mark.parametrize('verb, devices', [('train', 1), ('launch', 4)])
+def test_one_process_goes_on_where_two_stopped(machine, alone, together, tmp_path, verb, devices):
+  if verb == 'launch':
+    pytest.importorskip('submitit')
+  workdir = tmp_path / 'run'
+  shutil.copytree(together, workdir)
+  shutil.rmtree(workdir / 'checkpoints' / '6')
+  said = machine.one(f'--workdir={workdir}', *run(data=-1), '--replace_config', verb=verb, devices=devices)
   assert 'continuing from step 3' in said
-  assert_same(losses(tmp_path / 'run'), losses(alone))
+  assert_same(losses(workdir), losses(alone))
 
 
 @pytest.mark.parametrize('victim', [0, 1])
@@ -182,6 +189,28 @@ def test_processes_that_do_not_meet(machine, tmp_path):
   assert f'have not met at {address} within 3 s' in said and said.count('\n') == 1
 
 
+@hypothesis.given(
+  st.lists(st.lists(st.integers(1, 5), max_size=3), max_size=9), st.integers(1, 4), st.integers(0, 2**32 - 1)
+)
+def test_shares_join_to_the_whole(sizes, processes, seed):
+  """Whatever the number of processes, the examples are those of one, bit for bit, in the documents' order."""
+  rng = np.random.default_rng(seed)
+  draw = lambda size: {name: rng.integers(0, 2**31, size, np.int32) for name in ('tokens', 'loss_mask')}
+  groups = [[draw(size) for size in document] for document in sizes]
+  joined = shares.join([shares.pack(len(groups), groups[process::processes]) for process in range(processes)])
+  expected = [example for group in groups for example in group]
+  assert len(joined) == len(expected)
+  for found, example in zip(joined, expected, strict=True):
+    for name in example:
+      np.testing.assert_array_equal(found[name], example[name])
+      assert found[name].dtype == example[name].dtype
+
+
+def test_hosts_with_other_data_are_refused():
+  with pytest.raises(ValueError, match=r'the processes read \[3, 4\] documents'):
+    shares.join([shares.pack(3, [[], []]), shares.pack(4, [[], []])])
+
+
 def test_what_one_process_cannot_read_ends_all(machine, tmp_path, recipe, text):
   """The 21st document is process 0's, and leaves nothing to learn."""
   bad = tmp_path / 'lines.jsonl'
@@ -193,20 +222,32 @@ def test_what_one_process_cannot_read_ends_all(machine, tmp_path, recipe, text):
   assert 'process 0: ' in said[1]
 
 
-def test_slurm_is_detected(machine, alone, tmp_path):
+_JOINED = """\
+import jax
+from qalora_jax import hosts
+hosts.start(meeting=60)
+print(jax.process_index(), jax.process_count(), jax.device_count(), hosts.gather(b'x' * jax.process_index()))
+"""
+
+
+@pytest.mark.parametrize('nodes', [1, 2])
+def test_slurm_is_detected(nodes):
   """The environment of a step of srun, here both tasks on this machine."""
   common = {
-    'SLURM_JOB_ID': str(free_port()),
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+    'JAX_COORDINATOR_PORT': str(free_port()),
+    'SLURM_JOB_ID': '1',
     'SLURM_STEP_NODELIST': 'localhost',
-    'SLURM_STEP_NUM_NODES': '1',
+    'SLURM_STEP_NUM_NODES': str(nodes),
     'SLURM_NTASKS': '2',
     'SLURM_STEP_NUM_TASKS': '2',
-    'JAX_COORDINATOR_PORT': str(free_port()),
   }
   own = [{'SLURM_PROCID': str(task), 'SLURM_LOCALID': str(task)} for task in range(2)]
-  for process in [machine.start(f'--workdir={tmp_path}', *run(data=4), **common, **task) for task in own]:
-    done(process)
-  assert_same(losses(tmp_path), losses(alone))
+  how = dict(cwd=config_lib.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  tasks = [subprocess.Popen([sys.executable, '-c', _JOINED], env=os.environ | common | task, **how) for task in own]
+  for number, task in enumerate(tasks):
+    assert f"{number} 2 4 [b'', b'x']" in done(task)
 
 
 def test_a_task_alone_joins_nothing(monkeypatch):
@@ -231,6 +272,7 @@ def test_the_work_of_one_process_refuses_several(qalora, tmp_path, monkeypatch, 
     (dict(coordinator='here', processes=2, process=0), 'HOST:PORT'),
     (dict(coordinator='here:1', processes=2, process=2), 'from 0 to 1'),
     (dict(coordinator='here:1', processes=-2, process=-3), 'from 0 to'),
+    (dict(heartbeat=0), '--heartbeat=0'),
   ],
 )
 def test_flags_that_do_not_go_together(flags, wrong):
@@ -260,15 +302,6 @@ def test_an_abort_is_one_message(tmp_path, lines, passed, kept):
   said = [None if line.startswith(aborts.OWN + aborts.GONE) else line for line in out.getvalue().splitlines(True)]
   assert said == passed
   assert (record.read_text() if kept else '') == ''.join(kept)
-
-
-@pytest.mark.parametrize('nodes', [1, 2])
-def test_launch_here(machine, alone, tmp_path, nodes):
-  pytest.importorskip('submitit')
-  words = (f'--nodes={nodes}', f'--workdir={tmp_path}', *run(data=4))
-  said = machine.one(*words, verb='launch', devices=4 // nodes)
-  assert 'trained parameters' in said
-  assert_same(losses(tmp_path), losses(alone))
 
 
 def test_launch_says_why_a_job_failed(machine, tmp_path):

@@ -28,24 +28,32 @@ def convert(
   count, made = hosts.together(own)
   if shares == 1:
     return [example for group in made for example in group]
-  parts = [_unpacked(part) for part in hosts.gather(_packed(count, made))]
-  counts = [part[0] for part in parts]
+  return join(hosts.gather(pack(count, made)))
+
+
+def pack(count: int, groups: list[list[examples_lib.Example]]) -> bytes:
+  """A process's share: the number of all documents, and the examples of each that it has made.
+
+  int32 numbers: count, the number of groups, of examples in each, of tokens in each; then all tokens, then all masks.
+  """
+  made = [example for group in groups for example in group]
+  sizes = [count, len(groups), *map(len, groups), *(len(example['tokens']) for example in made)]
+  columns = [example[name] for name in ('tokens', 'loss_mask') for example in made]
+  return np.concatenate([np.array(sizes, np.int32), *columns]).tobytes()
+
+
+def join(shares: list[bytes]) -> list[examples_lib.Example]:
+  """The examples of all documents in order, from the shares of all processes in theirs; ValueError as for `convert`."""
+  parts = [_unpacked(share) for share in shares]
+  counts = [count for count, _ in parts]
   if len(set(counts)) > 1:
     raise ValueError(f'the processes read {counts} documents; the data must be the same on every host')
-  groups = [parts[index % shares][1][index // shares] for index in range(count)]
-  return [example for group in groups for example in group]
+  dealt = [iter(groups) for _, groups in parts]
+  return [example for index in range(counts[0]) for example in next(dealt[index % len(dealt)])]
 
 
-def _packed(count: int, groups: list[list[examples_lib.Example]]) -> bytes:
-  """int32 numbers: count, the number of groups, of examples in each, of tokens in each; then tokens, then masks."""
-  made = [example for group in groups for example in group]
-  sizes = [[count, len(groups)], [len(group) for group in groups], [len(example['tokens']) for example in made]]
-  values = [example[name] for name in ('tokens', 'loss_mask') for example in made]
-  return np.concatenate([*map(np.asarray, sizes), *values]).astype(np.int32).tobytes()
-
-
-def _unpacked(data: bytes) -> tuple[int, list[list[examples_lib.Example]]]:
-  (count, number), rest = np.split(np.frombuffer(data, np.int32).copy(), [2])
+def _unpacked(share: bytes) -> tuple[int, list[list[examples_lib.Example]]]:
+  (count, number), rest = np.split(np.frombuffer(share, np.int32).copy(), [2])
   groups, rest = np.split(rest, [number])
   lengths, rest = np.split(rest, [groups.sum()])
   columns = [np.split(half, np.cumsum(lengths)[:-1]) for half in np.split(rest, 2)]
