@@ -108,7 +108,7 @@ def a_plan(total, capacity):
   [(lambda n: 100 + 7 * n, 1.0), (lambda n: 100 + n // 40, 0.999), (lambda n: 100 + n + n * n // 50, 0.25)],
 )
 def test_the_largest_size_is_one_that_fits(held, near, start, unit):
-  """What is returned was tried and fits; where memory grows along a line, nothing larger would, by a square, within 4."""
+  """What is returned was tried and fits; where memory grows along a line, nothing larger would."""
   capacity, tried = 5000, {start: held(start)}
 
   def at(size):
