@@ -28,6 +28,7 @@ what is counted is held.  Writes PATH.{json,md}, experiments/results/loading by 
 import argparse
 from collections.abc import Iterator
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -100,6 +101,7 @@ def measured(directory, bits: int, way: str, rounds: int) -> dict:
   jax.block_until_ready(jax.jit(jnp.sin, out_shardings=sharding.replicated(sharding.make_mesh()))(1.0))
   for _ in range(rounds - 1):
     load(directory, bits, way)
+  gc.collect()
   with contextlib.suppress(OSError):
     # VmHWM begins anew; where that is not allowed it may say too much, never too little.
     pathlib.Path('/proc/self/clear_refs').write_text('5')
