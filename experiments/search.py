@@ -19,7 +19,6 @@ stopped; experiments/results/sweeps/NAME.{md,csv,json,png} show all of them.  Ne
 
 import argparse
 import dataclasses
-import fcntl
 import math
 import os
 import pathlib
@@ -31,6 +30,7 @@ from experiments import stages
 from experiments import summary
 from experiments import sweep
 from qalora_jax import config as config_lib
+from qalora_jax import lock
 from qalora_jax import progress
 
 SEARCHES, JOURNAL = pathlib.Path('experiments/searches'), 'trials.log'
@@ -88,11 +88,9 @@ def search(found: Search, trials: int, measure=runs_lib.measure, check=runs_lib.
   place = sweep.PLACE / found.name
   runs_lib.plan(place, found.recipe, corners(found), check)
   place.mkdir(parents=True, exist_ok=True)
-  with (place / runs_lib.LOCK).open('a') as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise ValueError(f'{place}: another process is at this search') from None
+  with lock.taken(place / lock.FILE) as free:
+    if not free:
+      raise ValueError(f'{place}: another process is at this search')
     study, space = _study(optuna, found, place), _distributions(optuna, found, check)
     while True:
       cut = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))

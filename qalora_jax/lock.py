@@ -45,8 +45,9 @@ def alone(directory: pathlib.Path) -> Iterator[None]:
 
 
 def refuse_held(directory: pathlib.Path) -> None:
-  """Raises ValueError where another run is at work in `directory`; nothing is written."""
-  if (directory / FILE).is_file():
+  """Raises ValueError, in the first process, where another run is at work in `directory`; nothing is written."""
+  # The other processes may come when the first one of their own run has the lock.
+  if not jax.process_index() and (directory / FILE).is_file():
     with taken(directory / FILE, shared=True) as free:
       if not free:
         raise ValueError(_refusal(directory))

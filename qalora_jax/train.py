@@ -108,7 +108,10 @@ def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemptio
   score = functools.partial(
     perplexity.score, built.model, examples=validation, window=config.data.window, batch=config.train.batch, mesh=mesh
   )
-  with checkpoint.open_manager(workdir / build.CHECKPOINTS, config.train.keep) as manager:
+  with (
+    contextlib.ExitStack() as patience,
+    checkpoint.open_manager(workdir / build.CHECKPOINTS, config.train.keep) as manager,
+  ):
     if manager.latest_step() is not None:
       del state  # the restored one takes its room
       state = checkpoint.restore(manager, program.state, train_data)
@@ -116,8 +119,10 @@ def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemptio
     if replace_config:
       # Only now: a checkpoint that this config cannot restore leaves the config that wrote it.
       hosts.once(lambda: config_lib.save(config, workdir, replace=True))
+    # Until the last checkpoint is written to its end.
+    patience.enter_context(watch.steps())
     kept = Log(workdir, int(state.step), config.train.tensorboard) if hosts.first() else Silence()
-    with kept as log, watch.steps():
+    with kept as log:
       state = _loop(
         config,
         state,
@@ -129,7 +134,6 @@ def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemptio
         log=log,
         watch=watch,
       )
-  # Here, with the last checkpoint written to its end.
   if (done := int(state.step)) < config.train.steps:
     watch.stop(f'after step {done} of {config.train.steps}, which is kept in {workdir}')
   return state

@@ -10,17 +10,9 @@ PACKAGE = 'qalora_jax'
 # the longest name counts.
 LAYERS = (
   (
-    'progress',
-    'rules',
-    'limits',
-    'topologies',
-    'collectives',
-    'lock',
-    'preemption',
-    'events',
-    'hosts',
-    'aborts',
-  ),  # fmt: skip
+    *('progress', 'rules', 'limits', 'topologies', 'collectives'),
+    *('lock', 'preemption', 'events', 'hosts', 'aborts'),
+  ),
   ('quant',),
   ('kernels',),
   ('adapters',),

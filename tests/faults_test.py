@@ -271,6 +271,27 @@ def test_the_second_run_in_a_workdir_is_refused(copied, qalora, verb):
   lock.refuse_held(place)
 
 
+def test_the_processes_of_one_run_do_not_refuse_each_other(tmp_path, monkeypatch):
+  with lock.alone(tmp_path):
+    monkeypatch.setattr(jax, 'process_index', lambda: 1)
+    lock.refuse_held(tmp_path)
+    with lock.alone(tmp_path):
+      pass
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_changes_nothing(copied, qalora, monkeypatch):
+  """Told again, or told when all is done, a run still writes to the end."""
+  wait = checkpoint.ocp.CheckpointManager.close
+
+  def told(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait(self)
+
+  monkeypatch.setattr(checkpoint.ocp.CheckpointManager, 'close', told)
+  qalora('train', copied, 'train.steps=9', 'data.validation.path=', '--replace_config')
+  assert checkpoint.steps(copied / 'checkpoints') == [9, 8]
+
+
 def test_a_process_that_is_killed_lets_its_workdir_go(tmp_path):
   code = f'import pathlib, time\nfrom qalora_jax import lock\nwith lock.alone(pathlib.Path({str(tmp_path)!r})):'
   process = subprocess.Popen(
