@@ -98,18 +98,25 @@ class Task:
       words += [f'--coordinator={self.coordinator}', f'--processes={place.num_tasks}', f'--process={place.global_rank}']
       environment['JAX_LOCAL_DEVICE_IDS'] = str(place.local_rank)
     # A process of its own: submitit's handlers of signals stay here, train's there.
-    self._process = subprocess.Popen([sys.executable, '-m', 'qalora_jax', 'train', *words], env=environment)
+    warning = getattr(signal, f'SIG{place.USR_SIG}')
+    self._process = subprocess.Popen(
+      [sys.executable, '-m', 'qalora_jax', 'train', *words],
+      env=environment,
+      # Slurm sends its warning to all processes of a job; one answers it, in `checkpoint`.
+      preexec_fn=lambda: signal.signal(warning, signal.SIG_IGN),
+    )
     return self._process.wait()
 
   def checkpoint(self):
     """What submitit queues again after a preemption or a timeout: the same command, which goes on where it is.
 
-    Called in the first process of the job, which lets the run keep what it has done.
+    Called in the first process of the job, by a handler of signals; the run stops as after any SIGTERM, kept.
     """
     import submitit
 
-    self._process.send_signal(signal.SIGTERM)
-    self._process.wait()
+    os.kill(self._process.pid, signal.SIGTERM)
+    # Popen's own wait is what the signal has interrupted, and holds its lock.
+    os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
     return submitit.helpers.DelayedSubmission(Task(self.words, self.coordinator))
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import hypothesis
@@ -325,11 +326,18 @@ def test_launch_refuses_what_submitit_does_not_know(tmp_path):
 
 
 def test_a_job_that_is_queued_again_goes_on():
-  """What submitit's `checkpoint` keeps: the command, after the run was told to stop and did."""
+  """On a warning the run is told to stop, and stops, before submitit is given the same command."""
   submitit = pytest.importorskip('submitit')
-  task = launch.Task(['--workdir=here'], 'localhost:1')
-  task._process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
-  again = task.checkpoint()
-  assert task._process.poll() == -signal.SIGTERM
-  assert isinstance(again, submitit.helpers.DelayedSubmission)
-  assert (again.function.words, again.function.coordinator) == (['--workdir=here'], 'localhost:1')
+  program = 'import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print(flush=True);'
+  task, again = launch.Task(['--workdir=here'], 'localhost:1'), []
+  task._process = subprocess.Popen([sys.executable, '-c', f'{program} time.sleep(60)'], stdout=subprocess.PIPE)
+  before = signal.signal(signal.SIGUSR2, lambda *_: again.append(task.checkpoint()))
+  try:
+    task._process.stdout.read(1)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+    assert task._process.wait() == 7
+  finally:
+    signal.signal(signal.SIGUSR2, before)
+    task._process.stdout.close()
+  assert isinstance(again[0], submitit.helpers.DelayedSubmission)
+  assert (again[0].function.words, again[0].function.coordinator) == (['--workdir=here'], 'localhost:1')
