@@ -119,7 +119,9 @@ def main(words: list[str] | None = None) -> None:
     for index, (name, scheme) in enumerate(methods.items()):
       rows.append({'method': name, **measure(*trainer(scheme, config), place / str(index), asked.rounds)})
   words = sys.argv[1:] if words is None else words
-  settings = dict(width=asked.width, layers=asked.layers, rows=ROWS, window=WINDOW, rank=RANK, rounds=asked.rounds)
+  settings = dict(
+    width=asked.width, layers=asked.layers, rows_per_step=ROWS, window=WINDOW, rank=RANK, rounds=asked.rounds
+  )
   command = shlex.join(['python', '-m', 'experiments.checkpointing', *words])
   report.publish(asked.out, 'a checkpoint beside steps (seconds)', command, rows, every=EVERY, **settings)
 
