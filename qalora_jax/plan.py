@@ -81,17 +81,18 @@ class Work:
 
   FLOPs are counted in the traced step, recomputation included, a product of a quantized matrix as that of the dense
   one.  Bytes: frozen weights once for every pass through the layers, trained ones twice, their gradients written and
-  read, the optimizer's state read and written, and what stands between the passes written and read.
+  read, the optimizer's state read and written, and what stands between the passes written and read.  Received is what
+  collectives make; None where that is not known.
   """
 
   flops: float
   bytes: float
-  received: float
+  received: float | None
 
   def seconds(self, chip: topologies.Chip) -> dict[str, float]:
     """The least time that each of the chip's limits allows; those that nobody stated are left out."""
     rates = {FLOPS: (self.flops, chip.flops), MEMORY: (self.bytes, chip.bandwidth), LINKS: (self.received, chip.link)}
-    return {name: amount / rate for name, (amount, rate) in rates.items() if rate}
+    return {name: amount / rate for name, (amount, rate) in rates.items() if rate and amount is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Plan:
   window: int
   memory: Memory
   work: Work
-  sent: dict[str, int]
+  sent: dict[str, int] | None
   largest: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
@@ -196,8 +197,9 @@ def show(found: Plan) -> None:
   limit = lambda name: f'at least {least[name] * 1e3:,.2f} ms' if name in least else ''
   line('products', f'{work.flops / 1e12:.3f} TFLOP', limit(FLOPS))
   line('its memory', f'{work.bytes / 1e9:.3f} GB', limit(MEMORY))
-  line('from other devices', f'{work.received / 1e9:.3f} GB', limit(LINKS))
-  for kind, count in found.sent.items():
+  if work.received is not None:
+    line('from other devices', f'{work.received / 1e9:.3f} GB', limit(LINKS))
+  for kind, count in (found.sent or {}).items():
     line(f'  {kind}', f'{count / 1e9:.3f} GB')
   if least:
     slowest = max(least, key=least.get)
@@ -221,7 +223,7 @@ def _compiled(config: ml_collections.ConfigDict, topology: topologies.Topology, 
   """The plan of one compiled step."""
   built = _setup(config)
   program = program_lib.make(config, built, mesh)
-  memory, sent = _held(program), {}
+  memory, sent = _held(program), None
   # What alone is too much need not be compiled.
   if memory.total <= (topology.chip.memory or math.inf):
     try:
@@ -231,8 +233,7 @@ def _compiled(config: ml_collections.ConfigDict, topology: topologies.Topology, 
       memory = dataclasses.replace(memory, activations=full.needed - memory.total)
     else:
       memory = _within(compiled.memory_analysis(), memory)
-      for each in collectives.of(compiled.as_text()):
-        sent[each.kind] = sent.get(each.kind, 0) + each.bytes * each.times
+      sent = _sent(compiled)
   rows = config.train.batch // config.train.accumulation // _shares(dict(mesh.shape))
   return Plan(
     topology=topology,
@@ -243,10 +244,22 @@ def _compiled(config: ml_collections.ConfigDict, topology: topologies.Topology, 
     work=Work(
       flops=_flops(program) / topology.count,
       bytes=_moved(config, built.model.config, program, rows),
-      received=sum(sent.values()),
+      received=None if sent is None else sum(sent.values()),
     ),
     sent=sent,
   )
+
+
+def _sent(compiled: jax.stages.Compiled) -> dict[str, int] | None:
+  """{kind of collective: bytes a device receives in a step}; None where the compiler cannot print its program."""
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError:  # libtpu prints some copies to the host's memory not at all
+    return None
+  sent = {}
+  for each in collectives.of(text):
+    sent[each.kind] = sent.get(each.kind, 0) + each.bytes * each.times
+  return sent
 
 
 def _setup(config: ml_collections.ConfigDict) -> build.Setup:

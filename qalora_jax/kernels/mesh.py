@@ -131,8 +131,7 @@ def lay(x, rows: tuple[str, ...], features: str | None = None) -> jax.Array:
 def offset_gradient(pooled, dy, w: qtensor.QTensor) -> jax.Array:
   """pool(x).T @ dy [L, O] in float32 from pool(x) [B, ..., L] and dy [B, ..., O]: that of w's offsets.
 
-  Every device multiplies its own rows, and those that share w add up.  Left to itself XLA sends the rows around: the
-  product is of pieces side by side along the rows (`exact.dot`), which are divided.
+  Every device multiplies its own rows, and those that share w add up.  Left to itself XLA may send the rows around.
   """
 
   def local(pooled, dy):
