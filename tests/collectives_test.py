@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import topologies
 from qalora_jax import collectives
 from qalora_jax import sharding
+from qalora_jax import topologies
 
 P = jax.sharding.PartitionSpec
 
@@ -124,7 +124,7 @@ def looped(mesh):
 def test_loops_multiply(target):
   if target == 'tpu' and not topologies.installed():
     pytest.skip("libtpu is not installed (pip install 'qalora_jax[aot-tpu]', Linux on x86-64)")
-  devices = None if target == 'cpu' else list(topologies.pod('v5e:2x2', all=4).devices)
+  devices = None if target == 'cpu' else list(topologies.mesh('v5e:2x2', all=4).devices)
   mesh = sharding.make_mesh(data=1, tensor=4, devices=devices or jax.devices()[:4])
   run, shardings = looped(mesh)
   x = jax.ShapeDtypeStruct((16, 64), jnp.float32)

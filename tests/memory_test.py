@@ -16,11 +16,11 @@ import optax
 import pytest
 import step_test
 
-from experiments import topologies
 from qalora_jax import adapters
 from qalora_jax import optim
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
+from qalora_jax import topologies
 from qalora_jax.kernels import exact
 from qalora_jax.models import linear
 from qalora_jax.models import llama

@@ -12,11 +12,11 @@ import optax
 import pytest
 import step_test
 
-from experiments import topologies
 from qalora_jax import adapters
 from qalora_jax import collectives
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
+from qalora_jax import topologies
 from qalora_jax.kernels import mesh as mesh_lib
 from qalora_jax.kernels import plan
 from qalora_jax.models import linear
@@ -253,7 +253,7 @@ def test_heads_that_do_not_divide_are_cut_apart():
 @pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 1, 8)], ids=str)
 def test_a_step_compiled_for_eight_chips(sizes):
   """With kernels, the same holds on TPU."""
-  mesh = mesh_of(sizes, list(topologies.pod('v5e:2x4', all=8).devices))
+  mesh = mesh_of(sizes, list(topologies.mesh('v5e:2x4', all=8).devices))
   scheme = dataclasses.replace(QALORA, frozen_dtype=jnp.bfloat16)
   config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
   _, (state, frozen), step, shardings = built(config, scheme, mesh)
