@@ -10,6 +10,8 @@ otherwise).
     headline   QLoRA's: 7B below 8 GB and 65B below 48 GB on one device; `options` say how
     window     7B at 4 bits with longer and longer rows
     mesh       65B at 4 bits on eight GPUs, divided in three ways
+    thorough   TPU rows of `models` with all of the compiler's optimization, as training is compiled; the others are
+               compiled with the least (`qalora plan --quick`), which takes a quarter of the time and more memory
 
 Bytes are those of one device; `activations` hold all that lives within a step but the gradients.  `seconds` are
 the least that a limit of the chip allows, not what a step takes.  Constants of groups are float32 in the recipes, so
@@ -66,11 +68,13 @@ class Case:
   window: int = 2048
   axis: str = 'fsdp'
   options: tuple[tuple[str, object], ...] = ()
+  quick: bool = True
 
   @property
   def key(self) -> str:
     options = ' '.join(f'{name}={value}' for name, value in self.options)
-    return f'{self.question} {self.model} {self.bits} {self.slices[0]} {self.window} {self.axis} {options}'.strip()
+    words = self.question, self.model, self.bits, self.slices[0], self.window, self.axis, options
+    return ' '.join(map(str, words)).strip()
 
   def config(self, devices: int):
     """The recipe for this many devices, one row on each of those that share the rows."""
@@ -107,13 +111,15 @@ def cases() -> Iterator[Case]:
     yield Case('window', '7b', 4, ('h100',), window=window)
   for axis in ('data', 'fsdp', 'tensor'):
     yield Case('mesh', '65b', 4, ('h100:8',), axis=axis)
+  for model in MODELS[:3]:
+    yield Case('thorough', model, 4, SLICES['v5e'], quick=False)
 
 
 def measure(case: Case) -> dict:
   """The row of a case."""
   for name in case.slices:
     topology = topologies.find(name)
-    found = plan_lib.plan(case.config(topology.count), topology)
+    found = plan_lib.plan(case.config(topology.count), topology, quick=case.quick)
     if found.fits:
       break
   options = ', '.join(f'{name} = {value}' for name, value in case.options)

@@ -45,9 +45,9 @@ class Program:
     """What `step` takes, abstract."""
     return self.state, self.frozen, self.batch
 
-  def compiled(self, platform: str) -> jax.stages.Compiled:
+  def compiled(self, platform: str, *, quick: bool = False) -> jax.stages.Compiled:
     """The step compiled for the mesh's devices, which need not be here; as `topologies.compiled_for`."""
-    return topologies.compiled_for(platform, self.step, *self.arguments)
+    return topologies.compiled_for(platform, self.step, *self.arguments, quick=quick)
 
   def begin(self, params: dict) -> step_lib.State:
     """The state before the first step, on the mesh; `params` are donated."""

@@ -22,6 +22,8 @@ from jax.experimental import topologies as described
 import numpy as np
 
 _TARGETS = pathlib.Path(__file__).resolve().parent / 'targets'
+# The search for fast code is three quarters of libtpu's time for a training step.
+_QUICK = {'tpu': {'xla_optimization_level': 'EFFORT_O0'}}
 _NEEDED = re.compile(r'memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \([^)]*\)')
 # GPUs of one host, which share NVLink.
 _GPUS_A_HOST = 8
@@ -142,17 +144,18 @@ def compiled(function, *arguments, **options) -> jax.stages.Compiled:
   )
 
 
-def compiled_for(platform: str, jitted: jax.stages.Wrapped, *arguments) -> jax.stages.Compiled:
+def compiled_for(platform: str, jitted: jax.stages.Wrapped, *arguments, quick: bool = False) -> jax.stages.Compiled:
   """A jitted function compiled for a platform, 'tpu', 'cuda' ('gpu') or 'cpu'.
 
-  It is never put in jax's persistent cache: a program for a chip that is not there cannot be read back.  Raises
+  `quick`: with the least optimization, where that saves time; such a program takes some percent more memory.  It is
+  never put in jax's persistent cache: a program for a chip that is not there cannot be read back.  Raises
   Overfull where the compiler finds that a device cannot hold it (TPU; the other compilers do not look).
   """
   lowered = jitted.trace(*arguments).lower(lowering_platforms=('cuda' if platform == 'gpu' else platform,))
   cached_from = jax.config.jax_persistent_cache_min_compile_time_secs
   jax.config.update('jax_persistent_cache_min_compile_time_secs', math.inf)
   try:
-    return lowered.compile()
+    return lowered.compile(_QUICK.get(platform) if quick else None)
   except jax.errors.JaxRuntimeError as error:
     # Arguments are counted among what it calls temporaries.
     if needed := _NEEDED.search(str(error)):
