@@ -35,8 +35,14 @@ class Bigram(nn.Module):
   config = types.SimpleNamespace(vocab_size=4)
 
   def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, only_BP=None):
-    logits = jnp.log(jnp.asarray(BIGRAM) + 1e-30)[tokens_BT]
-    return logits if only_BP is None else jnp.take_along_axis(logits, only_BP[:, :, None], axis=1)
+    x_BTV = self.hidden(tokens_BT)
+    return self.head(x_BTV if only_BP is None else jnp.take_along_axis(x_BTV, only_BP[:, :, None], axis=1))
+
+  def hidden(self, tokens_BT, segments_BT=None, positions_BT=None):
+    return jax.nn.one_hot(tokens_BT, len(BIGRAM))
+
+  def head(self, x_BPV):
+    return x_BPV @ jnp.log(jnp.asarray(BIGRAM) + 1e-30)
 
 
 def letters():
