@@ -79,7 +79,8 @@ def get_config():
       # What the backward pass recomputes: 'none' (keep all), 'dots' (keep matmul outputs), 'full' (keep block inputs),
       # 'offload' (keep block inputs in the host's memory, where they go and come back while the device computes).
       remat='none',
-      # Read only when source = 'scratch'; the names are those of Hugging Face's config.json.
+      # Read when source = 'scratch', and by `qalora plan` where source is no directory here; the names are those of
+      # Hugging Face's config.json.
       architecture=dict(
         vocab_size=512,  # the tokenizer's, when 0
         hidden_size=128,

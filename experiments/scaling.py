@@ -53,7 +53,7 @@ KINDS = ('weights', 'adapter', 'optimizer', 'gradients', 'activations', 'padding
 _SHOWN = (
   'question', 'model', 'bits', 'options', 'topology', 'mesh', 'rows', 'window', 'weights', 'adapter', 'optimizer',
   'gradients', 'activations', 'total', 'host', 'fits', 'flops', 'matrix_units_seconds', 'memory_seconds',
-  'links_seconds', 'commit',
+  'received', 'commit',
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import dataclasses
+import functools
 import math
 import pathlib
 import sys
@@ -47,7 +48,7 @@ _KINDS = {
   'program': 'program',
 }
 # What limits a step.
-FLOPS, MEMORY, LINKS = 'matrix units', 'memory', 'links'
+FLOPS, MEMORY = 'matrix units', 'memory'
 # A window is proposed in multiples of it: the width of a TPU's registers, and a comfortable block anywhere.
 _WINDOW_STEP = 128
 # Programs compiled in search of one largest size, at most.
@@ -80,12 +81,12 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What one device does in a step: FLOPs of all products, bytes of its memory moved at least, bytes received.
+  """What one device does in a step: FLOPs of all products, bytes of its memory moved at least, bytes from collectives.
 
   FLOPs are counted in the traced step, recomputation included, a product of a quantized matrix as that of the dense
-  one.  Bytes: frozen weights once for every pass through the layers, trained ones too, their gradients written and
-  read, the optimizer's state read and written, and what stands between the passes written and read.  Received is what
-  collectives make; None where that is not known.
+  one.  Bytes: frozen matrices once for every pass through the layers (under fsdp those that were gathered), trained
+  weights too, their gradients written and read, the optimizer's state read and written, and what stands between the
+  passes written and read.  Received are the arrays that collectives make; None where they are not known.
   """
 
   flops: float
@@ -94,18 +95,24 @@ class Work:
 
   def seconds(self, chip: topologies.Chip) -> dict[str, float]:
     """The least time that each of the chip's limits allows; those that nobody stated are left out."""
-    rates = {FLOPS: (self.flops, chip.flops), MEMORY: (self.bytes, chip.bandwidth), LINKS: (self.received, chip.link)}
-    return {name: amount / rate for name, (amount, rate) in rates.items() if rate and amount is not None}
+    rates = {FLOPS: (self.flops, chip.flops), MEMORY: (self.bytes, chip.bandwidth)}
+    return {name: amount / rate for name, (amount, rate) in rates.items() if rate}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A step on a topology.  `rows` a device sees at a time, `window` tokens each; `largest`: what would still fit."""
+  """A step on a topology.  `rows` a device sees at a time, `window` tokens each; `largest`: what would still fit.
+
+  `tokens` are those of the whole step, over all devices and micro-batches; `positions` those that the model was made
+  for in a row.
+  """
 
   topology: topologies.Topology
   mesh: dict[str, int]
   rows: int
   window: int
+  tokens: int
+  positions: int
   memory: Memory
   work: Work
   sent: dict[str, int] | None
@@ -147,73 +154,94 @@ def main(argv=None) -> None:
   # Accelerators that are here have other things to do.
   jax.config.update('jax_platforms', 'cpu')
   topology = topologies.find(arguments.values['topology'])
-  found = plan(arguments.config, topology, **{key: arguments.values[key] for key in ('largest', 'quick')})
+  found = plan(arguments.config, topology, quick=arguments.values['quick'])
   show(found)
+  if arguments.values['largest'] and found.capacity:
+    # After the plan is said: it takes a while.
+    found = dataclasses.replace(found, largest=largest(arguments.config, found))
+    show_largest(found)
   if arguments.values['out']:
     content = report.document(arguments.command, [found.row()])
     report.write(pathlib.Path(arguments.values['out']), content)
 
 
-def plan(
-  config: ml_collections.ConfigDict, topology: topologies.Topology, *, largest: bool = False, quick: bool = False
-) -> Plan:
-  """What a training step of `config` takes on `topology`; with `largest`, what would still fit.
+def plan(config: ml_collections.ConfigDict, topology: topologies.Topology, *, quick: bool = False) -> Plan:
+  """What a training step of `config` takes on `topology`; `quick` as in `topologies.compiled_for`.
 
-  `quick` as in `topologies.compiled_for`; the search for the largest sizes is always so, and errs on the small side.
-
-  Raises ValueError for a config that cannot train there, and where the topology's compiler is not installed.
+  Raises ValueError for a config that cannot train there or whose shapes are not known yet, and where the topology's
+  compiler is not installed.
   """
   if config.adapter.kind == 'none':
     raise ValueError('adapter.kind = "none" trains nothing, so there is no step; use "qalora", "lora" or "full".')
-  mesh = sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES}, devices=topology.devices())
-  found = _compiled(config, topology, mesh, quick)
-  if not (largest and found.capacity):
-    return found
-  shares = mesh.shape['data'] * mesh.shape['fsdp'] * config.train.accumulation
+  if config.base.budget and config.base.method != 'stored':
+    raise ValueError(
+      f'base.budget = {config.base.budget}: which weights get how many bits is found by calibration; run `qalora '
+      'quantize` and plan with its directory as model.source and base.method = "stored", or set base.budget = 0.'
+    )
+  return _compiled(config, topology, _mesh(config, topology), quick)
 
-  def with_rows(rows: int) -> Plan:
-    return _compiled(config_lib.override(config, {'train.batch': rows * shares}), topology, mesh, True)
 
-  def with_window(window: int) -> Plan:
-    return _compiled(config_lib.override(config, {'data.window': window}), topology, mesh, True)
+def largest(config: ml_collections.ConfigDict, found: Plan) -> dict[str, int]:
+  """{'rows': of a device at a time, 'window': tokens} that would still fit, each beside the other as in the config.
+
+  Every size was compiled, as `quick` compiles, so that this errs on the small side; 0 where not even one fits.
+  """
+  topology, mesh = found.topology, _mesh(config, found.topology)
+  at_a_time = _shares(found.mesh) * config.train.accumulation
+
+  def planned(key: str, times: int, size: int) -> Plan:
+    return _compiled(config_lib.override(config, {key: size * times}), topology, mesh, True)
 
   with progress.bar('searching', 2 * (_TRIES - 1)) as bar:
-    sizes = {
-      'rows': _largest(found, found.rows, 1, with_rows, bar.advance),
-      'window': _largest(found, found.window, _WINDOW_STEP, with_window, bar.advance),
+    rows = functools.partial(planned, 'train.batch', at_a_time)
+    window = functools.partial(planned, 'data.window', 1)
+    return {
+      'rows': _largest(found, found.rows, 1, rows, bar.advance),
+      'window': _largest(found, found.window, _WINDOW_STEP, window, bar.advance),
     }
-  return dataclasses.replace(found, largest=sizes)
+
+
+def _mesh(config: ml_collections.ConfigDict, topology: topologies.Topology) -> jax.sharding.Mesh:
+  return sharding.make_mesh(**{axis: config.sharding[axis] for axis in sharding.AXES}, devices=topology.devices())
 
 
 def show(found: Plan) -> None:
   """Prints a plan for people."""
   say, memory, work = progress.console.print, found.memory, found.work
-  line = lambda label, amount, note='': say(f'  {label:24}{amount:>16}  {note}'.rstrip())
   gibibytes = lambda count: f'{count / 2**30:.3f} GiB'
   mesh = ', '.join(f'{axis} {size}' for axis, size in found.mesh.items())
-  say(
-    f'{found.topology}: {found.topology.count} device(s), {mesh}; {found.rows} row(s) of {found.window} tokens on each'
-  )
+  times = found.tokens // (found.rows * found.window * _shares(found.mesh))
+  say(f'{found.topology}: {found.topology.count} device(s), {mesh}')
+  say(f'{found.rows} row(s) of {found.window} tokens on a device, {times} time(s) a step')
   for kind, label in _KINDS.items():
-    line(label, gibibytes(getattr(memory, kind)))
-  line('a device in all', gibibytes(memory.total), _verdict(found))
+    _line(label, gibibytes(getattr(memory, kind)))
+  _line('a device in all', gibibytes(memory.total), _verdict(found))
   if memory.host:
-    line('in memory of its host', gibibytes(memory.host))
+    _line('in memory of its host', gibibytes(memory.host))
   say('a step, on every device:')
-  least = work.seconds(found.topology.chip)
+  least, sent = work.seconds(found.topology.chip), work.received
   limit = lambda name: f'at least {least[name] * 1e3:,.2f} ms' if name in least else ''
-  line('products', f'{work.flops / 1e12:.3f} TFLOP', limit(FLOPS))
-  line('its memory', f'{work.bytes / 1e9:.3f} GB', limit(MEMORY))
-  if work.received is not None:
-    line('from other devices', f'{work.received / 1e9:.3f} GB', limit(LINKS))
+  _line('products', f'{work.flops / 1e12:.3f} TFLOP', limit(FLOPS))
+  _line('its memory', f'{work.bytes / 1e9:.3f} GB', limit(MEMORY))
+  if sent is not None:
+    about = f'about {sent / found.topology.chip.link * 1e3:,.2f} ms' if found.topology.chip.link else ''
+    _line('made by collectives', f'{sent / 1e9:.3f} GB', about)
   for kind, count in (found.sent or {}).items():
-    line(f'  {kind}', f'{count / 1e9:.3f} GB')
+    _line(f'  {kind}', f'{count / 1e9:.3f} GB')
   if least:
     slowest = max(least, key=least.get)
-    tokens = found.rows * found.window * _shares(found.mesh) / least[slowest]
-    line('no faster than', f'{tokens:,.0f} tokens/s', f'by its {slowest}')
+    _line('no faster than', f'{found.tokens / least[slowest]:,.0f} tokens/s', f'by its {slowest}')
+
+
+def show_largest(found: Plan) -> None:
+  """Prints what would still fit."""
   for name, size in found.largest.items():
-    line(f'largest {name}', f'{size:,}' if size else 'none fits')
+    beyond = f'the model was made for {found.positions:,}' if name == 'window' and size > found.positions else ''
+    _line(f'largest {name}', f'{size:,}' if size else 'none fits', beyond)
+
+
+def _line(label: str, amount: str, note: str = '') -> None:
+  progress.console.print(f'  {label:24}{amount:>16}  {note}'.rstrip())
 
 
 def _verdict(found: Plan) -> str:
@@ -247,6 +275,8 @@ def _compiled(config, topology: topologies.Topology, mesh: jax.sharding.Mesh, qu
     mesh=dict(mesh.shape),
     rows=rows,
     window=config.data.window,
+    tokens=config.train.batch * config.data.window,
+    positions=built.model.config.max_position_embeddings,
     memory=memory,
     work=Work(
       flops=_flops(program) / topology.count,
@@ -272,7 +302,12 @@ def _sent(compiled: jax.stages.Compiled) -> dict[str, int] | None:
 def _setup(config: ml_collections.ConfigDict) -> build.Setup:
   """The model: of a directory that is here, else as config.model.architecture says; nothing is downloaded."""
   if config.model.source != 'scratch' and pathlib.Path(config.model.source or '.missing').is_dir():
-    return build.setup(config)
+    return build.setup(build.adopted(config, None))
+  if config.adapter.source:
+    raise ValueError(
+      f'adapter.source = {config.adapter.source!r}: which adapter that is can be told where model.source is a '
+      'directory here; download the model, or state adapter.kind, rank and targets and leave adapter.source empty.'
+    )
   stated = config.model.architecture.to_dict()
   if config.model.source != 'scratch' and stated == config_lib.default().model.architecture.to_dict():
     raise ValueError(
@@ -303,7 +338,8 @@ def _within(stats, held: Memory) -> Memory:
   gradients = min(held.gradients, inside)  # a small one is used up as it is made
   return dataclasses.replace(
     held,
-    padding=stats.argument_size_in_bytes - arguments,
+    # The compiler for CPUs counts arguments in the host's memory among the device's.
+    padding=stats.argument_size_in_bytes - arguments - (0 if stats.host_argument_size_in_bytes else held.host),
     gradients=gradients,
     activations=inside - gradients,
     program=stats.generated_code_size_in_bytes,
@@ -337,9 +373,13 @@ def _products(jaxpr) -> int:
       left, out = equation.invars[0].aval, equation.outvars[0].aval
       total += 2 * math.prod(out.shape) * math.prod(left.shape[axis] for axis in contracted)
       continue
-    inner = [_products(each) for each in _inside(equation.params)]
+    inner, times = [_products(each) for each in _inside(equation.params)], equation.params.get('length', 1)
+    if equation.primitive.name == 'shard_map':
+      # Inside stands one device's part.
+      sizes = equation.params['mesh'].shape
+      times = math.prod(sizes[axis] for axis in equation.params['manual_axes'])
     if inner:
-      total += (max(inner) if equation.primitive.name == 'cond' else sum(inner)) * equation.params.get('length', 1)
+      total += (max(inner) if equation.primitive.name == 'cond' else sum(inner)) * times
   return total
 
 
@@ -355,10 +395,16 @@ def _inside(params: dict) -> Iterator:
 def _moved(config, model: llama.ModelConfig, program: program_lib.Program, rows: int) -> float:
   """Bytes that a device moves at least in a step, as `Work` says."""
   size = lambda tree: sum(map(_shard_bytes, jax.tree.leaves(tree)))
+  divided = lambda leaf: 'fsdp' in jax.tree.leaves(tuple(leaf.sharding.spec))
+  # What is divided for storage alone is read whole.
+  whole = lambda leaf: _shard_bytes(leaf) * (program.mesh.shape['fsdp'] if divided(leaf) else 1)
+  # Of an embedding that is no head only some rows are read.
+  looked_up = () if model.tie_word_embeddings else ('embedding',)
+  read = lambda tree: sum(whole(leaf) for name in tree.keys() - looked_up for leaf in jax.tree.leaves(tree[name]))
   # Under 'dots' the products are kept, so that no weight is read to compute them again.
-  passes = 2 if config.model.remat in ('none', 'dots') else 3
-  weights = config.train.accumulation * passes * size(program.frozen)
-  trained = size(program.state.params) * (config.train.accumulation * passes + 4) + 2 * size(program.state.opt_state)
+  passes = config.train.accumulation * (2 if config.model.remat in ('none', 'dots') else 3)
+  weights = passes * read(program.frozen)
+  trained = passes * read(program.state.params) + 4 * size(program.state.params) + 2 * size(program.state.opt_state)
   between = model.num_hidden_layers * model.hidden_size * model.dtype.itemsize
   return weights + trained + 2 * config.train.accumulation * rows * config.data.window * between
 
@@ -390,7 +436,8 @@ def _largest(known: Plan, size: int, unit: int, at: Callable[[int], Plan], tried
     # Where nothing grows yet, far ahead.
     guess = n0 + (capacity - held0) / rise if rise > 0 else 8 * n1
     # Within what is known, both ends left out.
-    guess = min(max(guess // unit, fits // unit + 1), -(-fails // unit) - 1) * unit
+    guess = max(guess // unit, fits // unit + 1) * unit
+    guess = guess if fails == math.inf else min(guess, (-(-fails // unit) - 1) * unit)
     if guess <= fits:
       break
     totals[int(guess)] = at(int(guess)).memory.total

@@ -197,11 +197,9 @@ def _gpus(topology: Topology) -> tuple:
       '(Linux, Python 3.12; no driver and no GPU), or qalora_jax[cuda] where there is one.'
     )
   hosts, rest = divmod(topology.count, _GPUS_A_HOST)
-  if hosts > 1 and rest:
+  if hosts and rest:
     raise ValueError(f'--topology={topology}: beyond one host GPUs come in eights.')
   form = f'1x{hosts}x{_GPUS_A_HOST}' if hosts else f'1x1x{rest}'
-  if hosts == 1 and rest:
-    raise ValueError(f'--topology={topology}: beyond one host GPUs come in eights.')
   target = (_TARGETS / f'{topology.chip.name}.txtpb').read_text()
   found = described.get_topology_desc(platform='cuda', topology_name=form, topology=form, target_config=target)
   return tuple(found.devices)

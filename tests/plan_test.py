@@ -95,11 +95,42 @@ def test_memory_by_kind_is_that_of_the_arrays():
   assert found.fits is None and found.largest == {}
 
 
+def test_moments_on_the_host_are_no_devices():
+  """What is offloaded is counted once, where it lies."""
+  config = config_of(optim__offload=True)
+  found, plain = (plan_lib.plan(each, topologies.find('cpu')) for each in (config, config_of()))
+  assert found.memory.padding == plain.memory.padding == 0
+  assert found.memory.host > 0 and found.memory.optimizer + found.memory.host == plain.memory.optimizer
+
+
+def test_devices_share_the_products():
+  """Those that stand within a shard_map too: eight devices make together what one makes."""
+  one, eight = config_of(), config_of(sharding__data=2, sharding__fsdp=2, sharding__tensor=2)
+  whole = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  counted = plan_lib._flops(program_lib.make(eight, build.abstract_setup(eight), whole))
+  assert counted == plan_lib._flops(_program(one))
+
+
+def test_a_step_has_all_its_micro_batches():
+  """Accumulation repeats the products and keeps the rows that a device sees at a time."""
+  once, twice = config_of(train__batch=8), config_of(train__batch=16, train__accumulation=2)
+  found = [plan_lib.plan(config, topologies.find('cpu')) for config in (once, twice)]
+  assert [plan.rows for plan in found] == [8, 8] and [plan.tokens for plan in found] == [8 * 32, 16 * 32]
+  assert found[1].work.flops == 2 * found[0].work.flops
+
+
+def test_shapes_that_are_not_known_yet_are_not_planned():
+  with pytest.raises(ValueError, match='base.budget = 3.0: .* run `qalora quantize`'):
+    plan_lib.plan(config_of(base__budget=3.0), topologies.find('cpu'))
+  with pytest.raises(ValueError, match="adapter.source = 'somewhere': which adapter that is"):
+    plan_lib.plan(config_of(adapter__source='somewhere'), topologies.find('cpu'))
+
+
 def a_plan(total, capacity):
   """A plan of which only the sum and the capacity count."""
   chip = dataclasses.replace(topologies.CHIPS['v5e'], memory=capacity)
   memory = plan_lib.Memory(100, 0, 0, 0, 0, 0, total - 100, 0, 0)
-  return plan_lib.Plan(topologies.Topology(chip, (1,)), {}, 1, 1, memory, plan_lib.Work(0, 0, 0), {})
+  return plan_lib.Plan(topologies.Topology(chip, (1,)), {}, 1, 1, 1, 1, memory, plan_lib.Work(0, 0, 0), {})
 
 
 @pytest.mark.parametrize('start, unit', [(1, 1), (16, 1), (640, 128), (60, 128), (100000, 128)])
@@ -161,7 +192,9 @@ def test_a_chip_that_is_not_here():
   config = config_of(model__dtype='bfloat16')
   found = plan_lib.plan(config, topologies.find('v5e'))
   assert found.fits and found.memory.padding >= 0
-  assert set(found.work.seconds(found.topology.chip)) == {plan_lib.FLOPS, plan_lib.MEMORY, plan_lib.LINKS}
+  assert set(found.work.seconds(found.topology.chip)) == {plan_lib.FLOPS, plan_lib.MEMORY}
+  quick = plan_lib.plan(config, topologies.find('v5e'), quick=True)
+  assert quick.memory.weights == found.memory.weights and quick.work == found.work
 
 
 @needs_libtpu
@@ -182,7 +215,8 @@ def test_what_a_chip_cannot_hold():
 def test_the_floor_of_bytes_counts_every_pass():
   """Frozen weights are read once a pass: forward, backward, and again where the backward pass recomputes."""
   weights = lambda remat: plan_lib._moved(config := config_of(model__remat=remat), _model(config), _program(config), 0)
-  size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(_program(config_of()).frozen))
+  frozen = {name: leaf for name, leaf in _program(config_of()).frozen.items() if name != 'embedding'}
+  size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen))
   trained = sum(leaf.size * 4 for leaf in jax.tree.leaves(_program(config_of()).state.params))
   assert weights('full') - weights('none') == size + trained
   assert weights('dots') == weights('none')

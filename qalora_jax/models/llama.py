@@ -330,8 +330,9 @@ class Llama(nn.Module):
       return x_BTD, made.get(PRESENT)
 
     if c.remat != 'none':
-      # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot, and the guard costs time.
-      layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[c.remat])
+      # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot, and the guard costs time.  A
+      # scan of one layer is none for XLA.
+      layer = jax.checkpoint(layer, prevent_cse=number == 1, policy=REMAT[c.remat])
     x_BTD, present = jax.lax.scan(layer, x_BTD, (jnp.arange(number), keys, own, rest))
     if remembers:
       self.put_variable(PRESENT, name, present)
