@@ -153,7 +153,9 @@ def _latest(manager, items: tuple[str, ...], params: dict, read: Callable) -> tu
   Damage to others than the `items` that are read is none.  `params` are the abstract weights.
   """
   directory, damaged = pathlib.Path(manager.directory), {}
-  for step in steps(directory):
+  found = steps(directory)
+  _check_same(directory, found)
+  for step in found:
     path = directory / str(step)
     wrong = _agreed(lambda path=path: _damage(path, items))
     if not wrong:
@@ -166,6 +168,11 @@ def _latest(manager, items: tuple[str, ...], params: dict, read: Callable) -> tu
           raise ValueError(
             f'{path} cannot be restored, though its files are as they were written ({wrong}). Was it written with '
             'other settings of optim? Take these, or use another workdir.'
+          ) from error
+        if jax.process_count() > 1:
+          # The others may have read it, and would go on.
+          raise ValueError(
+            f'{path} cannot be restored ({wrong}); go on once in one process, which sets it aside.'
           ) from error
     damaged[step] = wrong
   raise ValueError(
@@ -284,7 +291,7 @@ def _writing(directory) -> Iterator[None]:
 def _quiet() -> None:
   """Keeps orbax's threads from saying, traceback and all, what is raised as well; for good, as they say it late."""
   logging.getLogger('absl').addFilter(_not_orbax)
-  if sys.unraisablehook is not _unraisable:
+  if not _HOOKS:
     _HOOKS.append(sys.unraisablehook)
     sys.unraisablehook = _unraisable
 
@@ -315,6 +322,18 @@ def _agreed(find: Callable[[], str]) -> str:
   found = '' if jax.process_index() else find()
   some = bool(multihost_utils.broadcast_one_to_all(np.array(bool(found))))
   return found or 'as the first process found' if some else ''
+
+
+def _check_same(directory: pathlib.Path, found: list[int]) -> None:
+  """Raises ValueError, in every process, where one of them sees other checkpoints in `directory` than the first."""
+  if jax.process_count() == 1:
+    return
+  mine = zlib.crc32(json.dumps(found).encode()) & 0x7FFFFFFF
+  if len(set(np.ravel(multihost_utils.process_allgather(np.array(mine, np.int32))).tolist())) > 1:
+    raise ValueError(
+      f'{directory}: the processes of this run see different checkpoints, this one {found}. The workdir has to be one '
+      'directory for all hosts; just after a restart, wait until the file system shows all of them the same.'
+    )
 
 
 def _barrier(name: str) -> None:

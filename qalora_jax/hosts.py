@@ -136,15 +136,15 @@ def ended(checkpoints) -> Iterator[None]:
 
 
 def together(work: Callable):
-  """work() in every process; where one fails, by ValueError or OSError, all raise what the first of them says."""
+  """work() in every process; where one fails, it raises its own error and the others a ValueError that says it."""
   if jax.process_count() == 1:
     return work()
   result, failure = None, None
   try:
     result = work()
-  except (ValueError, OSError) as error:
+  except Exception as error:
     failure = error
-  said = [text.decode() for text in gather(str(failure or '').encode())]
+  said = [text.decode() for text in gather(b'' if failure is None else (str(failure) or repr(failure)).encode())]
   if failure is not None:
     raise failure
   for process, text in enumerate(said):
@@ -154,7 +154,7 @@ def together(work: Callable):
 
 
 def once(work: Callable) -> None:
-  """work() in the first process alone; where it fails there, by ValueError or OSError, all raise what it says."""
+  """work() in the first process alone; where it fails there, all raise what it says, as `together`."""
   together(lambda: work() if first() else None)
 
 

@@ -41,9 +41,20 @@ def main(argv=None) -> None:
   argv = list(sys.argv[1:] if argv is None else argv)
   arguments = config_lib.parse('launch', argv, summary=SUMMARY, extra_flags=(config_lib.REPLACE, *_FLAGS))
   values = {flag.name: arguments.values[flag.name] for flag in _FLAGS}
-  own = {*values, 'nodetach'}
-  words = [word for word in argv if word.lstrip('-').partition('=')[0].replace('-', '_') not in own]
-  launch(words, arguments.workdir, **values | {'option': dict(map(option, values['option']))})
+  launch(_of_train(argv), arguments.workdir, **values | {'option': dict(map(option, values['option']))})
+
+
+def _of_train(argv: list[str]) -> list[str]:
+  """The words that are not flags of `launch`, nor the values of these: --nodes=2 and --nodes 2 alike."""
+  own, words, rest = {flag.name: flag.kind for flag in _FLAGS} | {'nodetach': 'bool'}, [], iter(argv)
+  for word in rest:
+    name, equals, _ = word.lstrip('-').partition('=')
+    name = name.replace('-', '_')
+    if not word.startswith('-') or name not in own:
+      words.append(word)
+    elif not equals and own[name] != 'bool':
+      next(rest, None)
+  return words
 
 
 def launch(

@@ -67,11 +67,14 @@ def adamw(
 
 
 class Moments(NamedTuple):
-  """Adam's state: the steps taken, and for every weight the two moments as STATES holds them."""
+  """Adam's state: the steps taken, for every weight its first moment and the root of its second, as STATES holds them.
+
+  A checkpoint goes by names: `nu`, as optax calls the second moment itself, would let the one pass for the other.
+  """
 
   count: jax.Array
   mu: optax.Params
-  nu: optax.Params
+  root: optax.Params
 
 
 class Blocked(struct.PyTreeNode):
@@ -167,7 +170,7 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, *, state: str, offload
       held = tuple(map(keep, (mu, jnp.sqrt(nu)), held, levels))
       return mu / rise[0] / (jnp.sqrt(nu / rise[1]) + eps), *move(held, jax.memory.Space.Host)
 
-    each = [jax.tree.structure(grads).flatten_up_to(tree) for tree in (grads, moments.mu, moments.nu)]
+    each = [jax.tree.structure(grads).flatten_up_to(tree) for tree in (grads, moments.mu, moments.root)]
     found = [_by_layer(one, *leaves) if leaves[0].ndim > 2 else one(*leaves) for leaves in zip(*each, strict=True)]
     trees = [jax.tree.unflatten(jax.tree.structure(grads), leaves) for leaves in zip(*found, strict=True)]
     return trees[0], Moments(count, *trees[1:])
@@ -178,7 +181,7 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, *, state: str, offload
 def on_host(state):
   """The shardings `state` of a training state, with those of `Moments` in the host's memory; made for `offload`."""
   is_moments = lambda node: isinstance(node, Moments)
-  hosted = lambda node: node._replace(mu=sharding.on_host(node.mu), nu=sharding.on_host(node.nu))
+  hosted = lambda node: node._replace(mu=sharding.on_host(node.mu), root=sharding.on_host(node.root))
   place = lambda node: hosted(node) if is_moments(node) else node
   return jax.tree.map(place, state, is_leaf=is_moments)
 

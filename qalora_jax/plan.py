@@ -377,7 +377,7 @@ def _products(jaxpr) -> int:
     if equation.primitive.name == 'shard_map':
       # Inside stands one device's part.
       sizes = equation.params['mesh'].shape
-      times = math.prod(sizes[axis] for axis in equation.params['manual_axes'])
+      times = math.prod(sizes[axis] for axis in equation.params['newly_manual_axes'])
     if inner:
       total += (max(inner) if equation.primitive.name == 'cond' else sum(inner)) * times
   return total

@@ -17,8 +17,12 @@ class Stopped(KeyboardInterrupt):
   """A run that was told to stop, after everything is kept; `status` is for its process to exit with."""
 
   def __init__(self, message: str, received: int):
-    super().__init__(message)
+    # Both: an exception is unpickled from its arguments, and a worker of a pool sends it to its caller.
+    super().__init__(message, received)
     self.status = _STATUS[received]
+
+  def __str__(self):
+    return self.args[0]
 
 
 class Watch:

@@ -230,7 +230,10 @@ class Log(contextlib.AbstractContextManager):
     if path.exists():
       # A kill can leave half a line, which has no newline yet.
       whole = path.read_text().split('\n')[:-1]
-      kept = [line for line in whole if json.loads(line)['step'] <= step]
+      try:
+        kept = [line for line in whole if json.loads(line)['step'] <= step]
+      except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: a line is no line of metrics ({error}); remove it, or the file.') from None
     # Whole: a kill in between would take the lines before `step` too.
     report.whole(path, lambda partial: partial.write_text(''.join(line + '\n' for line in kept)))
     # Unbuffered: nothing is lost to a kill, and what a full disk did not take is not tried again at the end.

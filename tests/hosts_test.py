@@ -16,6 +16,7 @@ import time
 
 import hypothesis
 from hypothesis import strategies as st
+import jax
 import numpy as np
 import pytest
 
@@ -341,3 +342,24 @@ def test_a_job_that_is_queued_again_goes_on():
     task._process.stdout.close()
   assert isinstance(again[0], submitit.helpers.DelayedSubmission)
   assert (again[0].function.words, again[0].function.coordinator) == (['--workdir=here'], 'localhost:1')
+
+
+@pytest.mark.parametrize('words', [['--nodes', '2', '--detach'], ['--nodes=2', '--nodetach'], ['--cluster', 'local']])
+def test_train_gets_its_own_words_alone(words):
+  """The value of a flag of launch is a word of its own, too; what only looks like a flag's name is none."""
+  own = ['--config=a.py', '--workdir', 'nodes', '--config.train.steps=3']
+  assert launch._of_train([*own[:1], *words, *own[1:]]) == own
+
+
+def test_whoever_fails_says_why(monkeypatch):
+  """Any error of one process reaches the meeting of all, and one without words is not taken for success."""
+  met = []
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(hosts, 'gather', lambda mine: met.append(mine) or [mine, b''])
+
+  def fail():
+    raise KeyError
+
+  with pytest.raises(KeyError):
+    hosts.together(fail)
+  assert met == [b'KeyError()']

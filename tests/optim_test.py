@@ -86,7 +86,7 @@ def test_nothing_kept_is_zero_moments():
   """A new state is what compressing zeros would give."""
   weights = {'large': jnp.ones((64, 128)), 'small': jnp.ones((3,))}
   (moments, *_) = jax.tree.leaves(adamw(state='int8').init(weights), is_leaf=lambda x: isinstance(x, optim.Moments))
-  for tree, levels in ((moments.mu, codebooks.DYNAMIC), (moments.nu, codebooks.DYNAMIC_UNSIGNED)):
+  for tree, levels in ((moments.mu, codebooks.DYNAMIC), (moments.root, codebooks.DYNAMIC_UNSIGNED)):
     zeros = optim.compress(jnp.zeros((64, 128)), levels, 64)
     np.testing.assert_array_equal(tree['large'].codes, zeros.codes)
     np.testing.assert_array_equal(tree['large'].peak, zeros.peak)
@@ -118,7 +118,7 @@ def test_moments_on_the_host_change_nothing(state):
     for node in jax.tree.leaves(moved, is_leaf=lambda x: isinstance(x, optim.Moments))
     if node is not None and isinstance(node, optim.Moments)
   ]
-  assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves((moments.mu, moments.nu))} == {sharding.HOST}
+  assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves((moments.mu, moments.root))} == {sharding.HOST}
   assert moments.count.sharding.memory_kind == 'device'
   # Updates of 1e-3, each rounded in another order.
   step_test.assert_trees_close(there, here, eps=3e-7)
