@@ -23,6 +23,7 @@ from qalora_jax import checkpoint
 from qalora_jax import cli
 from qalora_jax import config as config_lib
 from qalora_jax import lock
+from qalora_jax import optim
 from qalora_jax import preemption
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
@@ -183,6 +184,17 @@ def test_another_model_is_an_error_and_no_damage(kept):
   with pytest.raises(ValueError, match=r'a has the shape \(2, 4\) there and \(2, 5'):
     restored(kept, width=5)
   assert contents(kept) == before
+
+
+def test_moments_that_are_held_otherwise_are_not_taken(kept):
+  """The second moment and its root have the same shapes: only their names tell them apart."""
+  tx = optim.scale_by_adam(0.9, 0.999, 1e-8, state='float32', offload=False)
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  held = step_lib.init_state(tx, state(0).params)
+  other = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), held)
+  with checkpoint.open_manager(kept, keep=3) as manager, pytest.raises(ValueError, match='other settings of optim'):
+    checkpoint.restore(manager, other, positions())
+  assert checkpoint.steps(kept)[0] == restored(kept)[0]
 
 
 @pytest.mark.parametrize('harmed', [False, True])
