@@ -48,7 +48,7 @@ PLACE = pathlib.Path(__file__).resolve().parent / 'results' / 'scaling'
 MODELS = ('7b', '13b', '33b', '65b')
 # From few to many chips: the first that holds the step is the row.
 SLICES = {'v5e': ('v5e', 'v5e:2x2', 'v5e:2x4', 'v5e:4x4'), 'v6e': ('v6e', 'v6e:2x2', 'v6e:2x4'), 'h100': ('h100',)}
-SMALL = {'base.scale_dtype': 'float16', 'optim.state': 'int8'}
+HALF, OFFLOADED = {'base.scale_dtype': 'float16'}, {'optim.offload': True, 'model.remat': 'offload'}
 KINDS = ('weights', 'adapter', 'optimizer', 'gradients', 'activations', 'padding', 'program')
 _SHOWN = (
   'question', 'model', 'bits', 'options', 'topology', 'mesh', 'rows', 'window', 'weights', 'adapter', 'optimizer',
@@ -99,14 +99,14 @@ def cases() -> Iterator[Case]:
     for model in MODELS:
       for bits in (4, 3, 2):
         yield Case('models', model, bits, slices)
-  for model, options in (
-    ('7b', {}),
-    ('7b', SMALL),
-    ('65b', SMALL),
-    ('65b', SMALL | {'base.group': 64}),
-    ('65b', SMALL | {'base.group': 64, 'model.remat': 'offload'}),
+  for model, chip, options in (
+    ('7b', 'h100', {}),
+    ('7b', 'h100', HALF),
+    ('65b', 'h100', HALF | {'optim.offload': True}),
+    ('65b', 'h100', HALF | OFFLOADED),
+    ('65b', 'v5p', HALF | OFFLOADED | {'optim.state': 'int8'}),
   ):
-    yield Case('headline', model, 4, ('h100',), options=tuple(options.items()))
+    yield Case('headline', model, 4, (chip,), options=tuple(options.items()))
   for window in (512, 1024, 4096, 8192, 16384):
     yield Case('window', '7b', 4, ('h100',), window=window)
   for axis in ('data', 'fsdp', 'tensor'):
