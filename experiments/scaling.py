@@ -11,7 +11,7 @@ otherwise).
     window     7B at 4 bits with longer and longer rows
     mesh       65B at 4 bits on eight GPUs, divided in three ways
     thorough   TPU rows of `models` with all of the compiler's optimization, as training is compiled; the others are
-               compiled with the least (`qalora plan --quick`), which takes a quarter of the time and more memory
+               compiled with the least (`qalora plan --quick`), in a quarter of the time; memory differs by 1 to 3 %
 
 Bytes are those of one device; `activations` hold all that lives within a step but the gradients.  `seconds` are
 the least that a limit of the chip allows, not what a step takes.  Constants of groups are float32 in the recipes, so

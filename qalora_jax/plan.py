@@ -33,7 +33,7 @@ _FLAGS = (
   config_lib.Flag('topology', 'string', '', 'The devices: CHIP:LAYOUT, such as v5e:16x16, h100:8, cpu:8, or CHIP.'),
   config_lib.Flag('largest', 'bool', True, 'Also search the largest micro-batch and window that fit (compiles more).'),
   config_lib.Flag(
-    'quick', 'bool', False, 'Compile with less optimization: on TPU four times as fast, some percent more memory.'
+    'quick', 'bool', False, 'Compile with less optimization: on TPU four times as fast, memory within some percent.'
   ),
   config_lib.Flag('out', 'string', None, 'Also write what is printed to this file, as JSON.'),
 )
@@ -184,7 +184,7 @@ def plan(config: ml_collections.ConfigDict, topology: topologies.Topology, *, qu
 def largest(config: ml_collections.ConfigDict, found: Plan) -> dict[str, int]:
   """{'rows': of a device at a time, 'window': tokens} that would still fit, each beside the other as in the config.
 
-  Every size was compiled, as `quick` compiles, so that this errs on the small side; 0 where not even one fits.
+  Every size was compiled, as `quick` compiles; 0 where not even one fits.
   """
   topology, mesh = found.topology, _mesh(config, found.topology)
   at_a_time = _shares(found.mesh) * config.train.accumulation
