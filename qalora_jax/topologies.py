@@ -147,8 +147,8 @@ def compiled(function, *arguments, **options) -> jax.stages.Compiled:
 def compiled_for(platform: str, jitted: jax.stages.Wrapped, *arguments, quick: bool = False) -> jax.stages.Compiled:
   """A jitted function compiled for a platform, 'tpu', 'cuda' ('gpu') or 'cpu'.
 
-  `quick`: with the least optimization, where that saves time; such a program takes some percent more memory or less.  It
-  is never put in jax's persistent cache: a program for a chip that is not there cannot be read back.  Raises
+  `quick`: with the least optimization, where that saves time; such a program takes some percent more memory or less.
+  It is never put in jax's persistent cache: a program for a chip that is not there cannot be read back.  Raises
   Overfull where the compiler finds that a device cannot hold it (TPU; the other compilers do not look).
   """
   lowered = jitted.trace(*arguments).lower(lowering_platforms=('cuda' if platform == 'gpu' else platform,))
