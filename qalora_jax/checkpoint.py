@@ -291,6 +291,7 @@ def _writing(directory) -> Iterator[None]:
 def _quiet() -> None:
   """Keeps orbax's threads from saying, traceback and all, what is raised as well; for good, as they say it late."""
   logging.getLogger('absl').addFilter(_not_orbax)
+  logging.getLogger('asyncio').addFilter(_not_a_write)
   if not _HOOKS:
     _HOOKS.append(sys.unraisablehook)
     sys.unraisablehook = _unraisable
@@ -301,6 +302,12 @@ _HOOKS = []
 
 def _not_orbax(record: logging.LogRecord) -> bool:
   return 'orbax' not in pathlib.Path(record.pathname).parts
+
+
+def _not_a_write(record: logging.LogRecord) -> bool:
+  # Many arrays are written at once; when a second fails after the first, nobody asks its task any more.
+  said = record.getMessage()
+  return not (said.startswith('Task exception was never retrieved') and f'{os.sep}orbax{os.sep}' in said)
 
 
 def _unraisable(late) -> None:
