@@ -102,8 +102,7 @@ def cases() -> Iterator[Case]:
   for model, chip, options in (
     ('7b', 'h100', {}),
     ('7b', 'h100', HALF),
-    ('65b', 'h100', HALF | {'optim.offload': True}),
-    ('65b', 'h100', HALF | OFFLOADED),
+    ('65b', 'h100', HALF),
     ('65b', 'v5p', HALF | OFFLOADED | {'optim.state': 'int8'}),
   ):
     yield Case('headline', model, 4, (chip,), options=tuple(options.items()))
