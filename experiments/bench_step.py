@@ -52,6 +52,7 @@ from qalora_jax import quant
 from qalora_jax import step as step_lib
 from qalora_jax import topologies
 from qalora_jax.kernels import product as product_lib
+from qalora_jax.models import layers
 from qalora_jax.models import linear
 from qalora_jax.models import llama
 from qalora_jax.quant import affine
@@ -256,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
   for name in ('layers', 'width', 'rows', 'window', 'rounds'):
     parser.add_argument(f'--{name}', type=bench_qmatmul.positive, metavar='N')
   parser.add_argument('--rank', type=bench_qmatmul.positive, metavar='N', default=64)
-  parser.add_argument('--remat', choices=sorted(llama.REMAT), default='none')
+  parser.add_argument('--remat', choices=sorted(layers.REMAT), default='none')
   parser.add_argument('--time-only', action='store_true')
   parser.add_argument(
     '--compile-for', choices=[name for name, chip in topologies.CHIPS.items() if chip.platform != 'cpu']

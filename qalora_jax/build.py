@@ -18,6 +18,7 @@ from qalora_jax import bases
 from qalora_jax import checkpoint
 from qalora_jax import checksum
 from qalora_jax import config as config_lib
+from qalora_jax import families
 from qalora_jax import hf
 from qalora_jax import hosts
 from qalora_jax import layout
@@ -36,8 +37,8 @@ from qalora_jax.data import records
 from qalora_jax.data import shares
 from qalora_jax.generate import continuation
 from qalora_jax.generate import sampling
+from qalora_jax.models import layers
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 
 CHECKPOINTS = 'checkpoints'
 # Where `train` keeps a base that it had to calibrate.
@@ -53,7 +54,7 @@ class Setup:
   """
 
   directory: pathlib.Path | None
-  model: llama.Llama
+  model: nn.Module
   abstract: dict
 
   @property
@@ -66,7 +67,7 @@ class Setup:
 class Loaded:
   """A model ready to run: `variables` holds 'frozen' and 'params', `tokenizer_from` the tokenizer's files."""
 
-  model: llama.Llama
+  model: nn.Module
   variables: dict
   tokenizer: tokenizer_lib.Tokenizer
   tokenizer_from: pathlib.Path
@@ -101,20 +102,22 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
 
 def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
   """As `setup`, from config.model.architecture alone: nothing is downloaded or read (65B in seconds)."""
-  shapes = dict(config.model.architecture)
-  if not shapes['vocab_size']:
-    shapes['vocab_size'] = tokenizer_lib.load(config.model.tokenizer).vocab_size
-  model_config = llama.ModelConfig(**shapes, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
+  said = config.model.architecture.to_dict()
+  if not said['vocab_size']:
+    said['vocab_size'] = tokenizer_lib.load(config.model.tokenizer).vocab_size
+  try:
+    family = families.find(said.get('model_type', 'llama'))
+    model_config = family.read(said, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
+  except ValueError as error:
+    raise ValueError(f'model.architecture: {error}') from error
   return _setup(config, None, model_config, None)
 
 
-def _setup(config, directory, model_config: llama.ModelConfig, forms: dict | None) -> Setup:
-  model = llama.Llama(model_config, bases.scheme(config, directory, forms))
+def _setup(config, directory, model_config: layers.Config, forms: dict | None) -> Setup:
+  model = families.of(model_config).module(model_config, bases.scheme(config, directory, forms))
   _check_targets(config, model, directory)
   _check_adapted(config, model)
-  tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  abstract = {'frozen': {}, 'params': {}, **jax.eval_shape(model.init, jax.random.key(0), tokens)}
-  return Setup(directory, model, abstract)
+  return Setup(directory, model, layout.abstract(model_config, model.scheme))
 
 
 def prepared(config: ml_collections.ConfigDict, workdir) -> ml_collections.ConfigDict:
@@ -138,7 +141,7 @@ def prepared(config: ml_collections.ConfigDict, workdir) -> ml_collections.Confi
   return config
 
 
-def _check_targets(config, model: llama.Llama, directory) -> None:
+def _check_targets(config, model: nn.Module, directory) -> None:
   """ValueError where a pattern of targets or rules selects nothing."""
   names = list(layout.weights(model.config))
   stated = []
@@ -150,11 +153,11 @@ def _check_targets(config, model: llama.Llama, directory) -> None:
     if not any(linear.selects(pattern, name) for name in names):
       shown = ', '.join(dict.fromkeys(re.sub(r'/\d+/', '/N/', name) for name in names))
       raise ValueError(
-        f'{key}: {pattern!r} selects no matrix; there are {shown}, N from 0 to {model.config.num_hidden_layers - 1}.'
+        f'{key}: {pattern!r} selects no matrix; there are {shown}, N from 0 to {max(model.config.depths.values()) - 1}.'
       )
 
 
-def _check_adapted(config, model: llama.Llama) -> None:
+def _check_adapted(config, model: nn.Module) -> None:
   """ValueError where an adapter would stand beside a dense weight that it cannot work with."""
   scheme_, chosen = model.scheme, config.adapter
   dense = [name for name in layout.weights(model.config) if scheme_.adapts(name) and scheme_.quantizer(name) is None]
@@ -216,7 +219,7 @@ def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
 def load_weights(built: Setup, place: stacks.Place | None = None) -> dict:
   """The source's weights at `place` (default: on the host), quantized as the scheme says while they are read."""
   config, scheme_ = built.model.config, built.model.scheme
-  with progress.bar('reading weights', config.num_hidden_layers) as bar:
+  with progress.bar('reading weights', sum(config.depths.values())) as bar:
     form = stored.form(built.directory) or hf
     return form.load(built.directory, config, scheme_, progress=bar.advance, place=place)
 
@@ -338,11 +341,10 @@ def load_base(config: ml_collections.ConfigDict, workdir) -> Loaded:
   return Loaded(built.model, weights, tokenizer(config, built), tokenizer_from, origin)
 
 
-def adapters_of(model: llama.Llama, choices: dict) -> dict:
+def adapters_of(model: nn.Module, choices: dict) -> dict:
   """The abstract boxed params of `model` with an adapter of these choices of config.adapter."""
   scheme = dataclasses.replace(model.scheme, adapter=bases.adapter(choices), adapted=choices['targets'])
-  tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  return jax.eval_shape(model.clone(scheme=scheme).init, jax.random.key(0), tokens).get('params', {})
+  return layout.abstract(model.config, scheme)['params']
 
 
 def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:

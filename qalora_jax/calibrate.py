@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qalora_jax import families
 from qalora_jax import hf
 from qalora_jax import layout
 from qalora_jax import sharding
 from qalora_jax import tensors
 from qalora_jax.adapters import residual
+from qalora_jax.models import layers
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 from qalora_jax.quant import allocate
 from qalora_jax.quant import errors
@@ -39,9 +40,6 @@ _WHOLE = '__call__'
 _SETTINGS, _CHOSEN = 'settings.json', 'chosen.json'
 # The name under which a weight's rule is looked for: the whole name and nothing else.
 _EXACTLY = '^{}$'
-
-
-_STEPS = tuple(alike for steps in llama.SEQUENCE.values() for alike in steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +66,22 @@ class Activations:
   Rows that only fill the last batch carry no weight.
   """
 
-  def __init__(self, config: llama.ModelConfig, embedding, samples_NT: np.ndarray, batch: int, mesh):
-    self._config = dataclasses.replace(config, remat='none')
+  def __init__(self, config: layers.Config, others: dict, samples_NT: np.ndarray, batch: int, mesh):
+    self._config, self._others = dataclasses.replace(config, remat='none'), others
     shares = mesh.shape['data'] * mesh.shape['fsdp']
     batch = -(-min(batch, len(samples_NT)) // shares) * shares
     rows = sharding.batch(mesh)
-    embed = jax.jit(lambda table, tokens: table[tokens].astype(config.dtype), out_shardings=rows)
+    model = families.of(config).module(self._config)
+    embed = jax.jit(functools.partial(model.apply, method='embed'), out_shardings=rows)
     self._real, self._x = [], []
     for begin in range(0, len(samples_NT), batch):
       tokens = samples_NT[begin : begin + batch]
       filled = np.concatenate([tokens, np.repeat(tokens[:1], batch - len(tokens), axis=0)])
       self._real.append(jax.device_put((np.arange(batch) < len(tokens)).astype(np.float32), rows))
-      self._x.append(embed(embedding, jax.device_put(filled, rows)))
+      self._x.append(embed({'frozen': others}, jax.device_put(filled, rows)))
     self._tokens = samples_NT.size
 
-  def hessians(self, block: dict, matrices: Iterable[str], part: str = _WHOLE) -> dict[str, jax.Array]:
+  def hessians(self, layer: int, block: dict, matrices: Iterable[str], part: str = _WHOLE) -> dict[str, jax.Array]:
     """{matrix: mean of x x^T [I, I]} over the tokens of all samples, x the inputs of the block's `matrices`.
 
     `part`: the method of Block that is at hand, 'attend' or 'feed', when the block is gone through in parts.
@@ -90,21 +89,21 @@ class Activations:
     matrices = tuple(matrices)
     sums = None
     for x, real in zip(self._x, self._real, strict=True):
-      found = _moments(self._config, part, matrices, block, x, real)
+      found = _moments(self._config, part, matrices, layer, block, x, real)
       sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
     return jax.tree.map(lambda total: total / self._tokens, sums)
 
-  def advance(self, block: dict, part: str = _WHOLE) -> None:
+  def advance(self, layer: int, block: dict, part: str = _WHOLE) -> None:
     """On to the inputs of the next block or part, or of the last norm."""
-    self._x = [_forward(self._config, part, block, x) for x in self._x]
+    self._x = [_forward(self._config, part, layer, block, x) for x in self._x]
 
-  def head_hessian(self, norm_scale) -> jax.Array:
+  def head_hessian(self) -> jax.Array:
     """Mean of x x^T [D, D] over the inputs of the head, after the last block."""
-    norm = llama.RMSNorm(self._config.rms_norm_eps, linear.Scheme())
+    model = families.of(self._config).module(self._config)
 
     @jax.jit
     def moment(x, real):
-      y = norm.apply({'frozen': {'scale': norm_scale}}, x).astype(jnp.float32) * real[:, None, None]
+      y = model.apply({'frozen': self._others}, x, method='normed').astype(jnp.float32) * real[:, None, None]
       return jnp.einsum('btd,bte->de', y, y, precision=_EXACT)
 
     return sum(moment(x, real) for x, real in zip(self._x, self._real, strict=True)) / self._tokens
@@ -112,7 +111,7 @@ class Activations:
 
 def quantize(
   source: hf.Source,
-  config: llama.ModelConfig,
+  config: layers.Config,
   scheme: linear.Scheme,
   samples_NT: np.ndarray | None,
   *,
@@ -144,42 +143,42 @@ def quantize(
   _claim(partial, settings)
   others = {path: source.read(path, name) for path, name in _others(config)}
   others = {path: leaf.astype(scheme.frozen_dtype) for path, leaf in others.items()}
-  activations = lambda: Activations(config, others['embedding'], samples_NT, batch, mesh)
+  outside = traverse_util.unflatten_dict({p: leaf for p, leaf in others.items() if p != _HEAD}, sep='/')
+  activations = lambda: Activations(config, outside, samples_NT, batch, mesh)
   if budget:
     chosen = choose_bits(source, config, scheme, activations(), budget, partial, progress)
     quantizers = tuple((_EXACTLY.format(name), method) for name, method in chosen.items())
     scheme = dataclasses.replace(scheme, quantizers=(*quantizers, *scheme.quantizers))
   running = None if samples_NT is None else activations()
-  layers, rows = [], []
-  for layer in range(config.num_hidden_layers):
+  made_layers, rows = [], []
+  for layer in range(config.depths[linear.STACK]):
     file = partial / f'layer-{layer:05d}.safetensors'
     if file.is_file():
       made, found = _restore(file, scheme, source.shapes, layer, beginning)
       if running is not None:
         # In the same steps as when it was made, so that it rounds alike.
-        for part in llama.SEQUENCE if true_sequential else (_WHOLE,):
-          running.advance(_dense(made), part)
+        for part in _sequence(config) if true_sequential else (_WHOLE,):
+          running.advance(layer, _dense(made), part)
     else:
-      made, found = _layer(source, scheme, layer, running, mesh, true_sequential, beginning)
+      made, found = _layer(source, config, scheme, layer, running, mesh, true_sequential, beginning)
       _keep(file, made, found)
-    layers.append(made)
+    made_layers.append(made)
     rows += found
     if progress is not None:
       progress(text=_said(found))
-  if 'lm_head/kernel' in others and (method := scheme.quantizer('lm_head')):
-    hessian = None if running is None else running.head_hessian(others['norm/scale'])
-    w = source.read(*_HEAD).astype(np.float32)
+  if _HEAD in others and (method := scheme.quantizer('lm_head')):
+    hessian = None if running is None else running.head_hessian()
+    w = source.read(_HEAD, families.of(config).names(config)[_HEAD]).astype(np.float32)
     begun, head = time.monotonic(), method(jnp.asarray(w), 'lm_head', hessian)
     rows.append(_row('lm_head', head, _as_dense(head), w, hessian) | {'seconds': round(time.monotonic() - begun, 3)})
-    others['lm_head/kernel'] = jax.device_get(head)
-  starts = scheme.starts(config.num_hidden_layers, llama.MATRICES)
-  trees = [_stack(layers, starts, config, collection) for collection in ('frozen', 'params')]
+    others[_HEAD] = jax.device_get(head)
+  trees = [_stack(made_layers, scheme, config, collection) for collection in ('frozen', 'params')]
   return Result(trees[0] | traverse_util.unflatten_dict(others, sep='/'), trees[1], rows)
 
 
 def choose_bits(
   source: hf.Source,
-  config: llama.ModelConfig,
+  config: layers.Config,
   scheme: linear.Scheme,
   inputs: Activations,
   budget: float,
@@ -195,10 +194,11 @@ def choose_bits(
   file, widths = partial / _CHOSEN, _widths(config, scheme)
   if not file.is_file():
     candidates = []
-    for layer in range(config.num_hidden_layers):
-      dense = _read_layer(source, layer)
-      hessians = inputs.hessians(_block(dense), [alike[0] for alike in _STEPS])
-      for alike in _STEPS:
+    lines = [alike for steps in _sequence(config).values() for alike in steps]
+    for layer in range(config.depths[linear.STACK]):
+      dense = _read_layer(source, config, layer)
+      hessians = inputs.hessians(layer, _block(dense), [alike[0] for alike in lines])
+      for alike in lines:
         for matrix in alike:
           name = f'{linear.STACK}/{layer}/{matrix}'
           if name not in widths:
@@ -209,7 +209,7 @@ def choose_bits(
             costs[bits] = round(qtensor.bits_per_weight(q) * q.size)
             lost[bits] = float(errors.relative_output_error(qtensor.dequantize(q), w, hessians[alike[0]]))
           candidates.append(allocate.Candidate(name, w.size, costs, lost))
-      inputs.advance(_block(dense))
+      inputs.advance(layer, _block(dense))
       if progress is not None:
         progress(text='weighing bits', count=0)
     tensors.write_json(file, allocate.allocate(candidates, budget))
@@ -219,8 +219,8 @@ def choose_bits(
 def _widths(config, scheme) -> dict[str, dict[int, method_lib.Method]]:
   """{weight: {bits: method}} of all that may be chosen; a table's codes have their one width."""
   found = {}
-  for layer in range(config.num_hidden_layers):
-    for matrix in llama.MATRICES:
+  for layer in range(config.depths[linear.STACK]):
+    for matrix in linear.matrices(_sequence(config)):
       name = f'{linear.STACK}/{layer}/{matrix}'
       method = scheme.quantizer(name)
       if method is not None:
@@ -236,7 +236,7 @@ def _with_bits(method: method_lib.Method, bits: int) -> method_lib.Method:
 
 def _check_budget(source: hf.Source, config, scheme, budget: float) -> None:
   """ValueError for a budget that no choice of bits can keep: what they cost follows from the shapes."""
-  if 'lm_head/kernel' in source.shapes and scheme.quantizer('lm_head') is not None:
+  if _HEAD in source.shapes and scheme.quantizer('lm_head') is not None:
     raise ValueError(
       'base.budget chooses bits for the projections of the blocks alone: leave lm_head out of base.targets and '
       'base.rules, or set base.budget = 0.'
@@ -254,7 +254,11 @@ def _blank_of(method: method_lib.Method, name: str, w) -> qtensor.QTensor:
   return method(w, name)
 
 
-_HEAD = ('lm_head/kernel', layout.NAMES['lm_head/kernel'])
+_HEAD = 'lm_head/kernel'
+
+
+def _sequence(config: layers.Config) -> dict:
+  return config.sequence[linear.STACK]
 
 
 def _others(config) -> list[tuple[str, str]]:
@@ -262,11 +266,11 @@ def _others(config) -> list[tuple[str, str]]:
   return [(path, of_path[0]) for path, of_path in layout.names(config).items() if not layout.is_stacked(path)]
 
 
-def _read_layer(source: hf.Source, layer: int) -> dict[str, np.ndarray]:
+def _read_layer(source: hf.Source, config: layers.Config, layer: int) -> dict[str, np.ndarray]:
   """{path within the block: float32 weight} of one layer."""
   return {
     path.partition('/')[2]: source.read(path, name.format(layer)).astype(np.float32)
-    for path, name in layout.NAMES.items()
+    for path, name in families.of(config).names(config).items()
     if layout.is_stacked(path)
   }
 
@@ -275,22 +279,22 @@ def _block(flat: dict) -> dict:
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
-def _layer(source, scheme, layer, running, mesh, true_sequential, beginning) -> tuple[dict, list[dict]]:
+def _layer(source, config, scheme, layer, running, mesh, true_sequential, beginning) -> tuple[dict, list[dict]]:
   """({'frozen': ..., 'params': ...} of one layer, flat and on the host, and its report rows).
 
   Leaves `running` at the inputs of the next layer.
   """
-  dense = _read_layer(source, layer)
+  dense, sequence = _read_layer(source, config, layer), _sequence(config)
   # What later matrices and blocks see of each weight: what the model will compute with when training begins.
   seen = {path: leaf.astype(scheme.frozen_dtype) for path, leaf in dense.items()}
   frozen, params, rows = {}, {}, []
   hessians = {}
   if running is not None and not true_sequential:
-    hessians = running.hessians(_block(seen), [alike[0] for alike in _STEPS])
-  for part, steps in llama.SEQUENCE.items():
+    hessians = running.hessians(layer, _block(seen), [alike[0] for steps in sequence.values() for alike in steps])
+  for part, steps in sequence.items():
     for alike in steps:
       if running is not None and true_sequential:
-        hessians = running.hessians(_block(seen), alike[:1], part)
+        hessians = running.hessians(layer, _block(seen), alike[:1], part)
       for matrix in alike:
         name, path = f'{linear.STACK}/{layer}/{matrix}', f'{matrix}/kernel'
         method, hessian = scheme.quantizer(name), hessians.get(alike[0])
@@ -299,16 +303,16 @@ def _layer(source, scheme, layer, running, mesh, true_sequential, beginning) -> 
           continue
         begun = time.monotonic()
         w = jax.device_put(dense[path], _columns(dense[path].shape, mesh))
-        q, node = _one(scheme, name, w, hessian, begins, layer * len(llama.MATRICES) + len(rows))
+        q, node = _one(scheme, name, w, hessian, begins, layer * len(linear.matrices(sequence)) + len(rows))
         frozen[path] = q
         if node is not None:
           params[f'{matrix}/adapter'] = node
         seen[path] = _as_dense(q if node is None else node.merge(q))
         rows.append(_row(name, q, seen[path], w, hessian) | {'seconds': round(time.monotonic() - begun, 3)})
     if running is not None and true_sequential:
-      running.advance(_block(seen), part)
+      running.advance(layer, _block(seen), part)
   if running is not None and not true_sequential:
-    running.advance(_block(seen))
+    running.advance(layer, _block(seen))
   frozen |= {path: leaf for path, leaf in seen.items() if path not in frozen}
   return {'frozen': jax.device_get(frozen), 'params': jax.device_get(params)}, rows
 
@@ -368,11 +372,11 @@ def _columns(shape: tuple[int, ...], mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, mesh.axis_names if split else None))
 
 
-def _stack(layers: list[dict], starts: list[int], config, collection: str) -> dict:
+def _stack(made: list[dict], scheme: linear.Scheme, config: layers.Config, collection: str) -> dict:
   """The tree of one collection, neighbours that are alike stacked."""
-  tree = {}
-  for stack, start, stop in zip(linear.stacks(starts), starts, [*starts[1:], config.num_hidden_layers], strict=True):
-    own = [layer[collection] for layer in layers[start:stop]]
+  tree, starts = {}, scheme.starts(config)[linear.STACK]
+  for stack, start, stop in zip(linear.stacks(starts), starts, [*starts[1:], len(made)], strict=True):
+    own = [layer[collection] for layer in made[start:stop]]
     if own[0]:
       tree[stack] = _block(jax.tree.map(lambda *leaves: np.stack(leaves), *own))
   return tree
@@ -428,7 +432,7 @@ def _blank(scheme, shapes, layer: int, beginning) -> dict:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _moments(
-  config: llama.ModelConfig, part: str, matrices: tuple[str, ...], block: dict, x_BTD, real_B
+  config: layers.Config, part: str, matrices: tuple[str, ...], layer, block: dict, x_BTD, real_B
 ) -> dict[str, jax.Array]:
   """{matrix: sum of x x^T [I, I]} over the real rows, in float32; the compiler drops what lies behind the last."""
   inputs = {}
@@ -439,7 +443,7 @@ def _moments(
     return call(*args, **kwargs)
 
   with nn.intercept_methods(record):
-    _apply(config, part, block, x_BTD)
+    _apply(config, part, layer, block, x_BTD)
   sums = {}
   for matrix in matrices:
     x = inputs[matrix].astype(jnp.float32) * real_B[:, None, None]
@@ -449,14 +453,16 @@ def _moments(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(config: llama.ModelConfig, part: str, block: dict, x_BTD) -> jax.Array:
-  return _apply(config, part, block, x_BTD)
+def _forward(config: layers.Config, part: str, layer, block: dict, x_BTD) -> jax.Array:
+  return _apply(config, part, layer, block, x_BTD)
 
 
-def _apply(config: llama.ModelConfig, part: str, block: dict, x_BTD) -> jax.Array:
-  """What Block's method `part` makes of x, every row a document of its own."""
+def _apply(config: layers.Config, part: str, layer, block: dict, x_BTD) -> jax.Array:
+  """What the block's method `part` makes of x, every row a document of its own."""
   B, T, _ = x_BTD.shape
   positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  context = () if part == 'feed' else (positions_BT, None)
-  made = llama.Block(config, linear.Scheme()).apply({'frozen': block}, x_BTD, *context, method=part)
+  context = () if part == 'feed' else (layer, positions_BT, None)
+  made = (
+    families.of(config).module.block(config, linear.Scheme()).apply({'frozen': block}, x_BTD, *context, method=part)
+  )
   return made[0] if part == _WHOLE else made

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qalora_jax import bitstream
+from qalora_jax import families
 from qalora_jax import hf
 from qalora_jax import layout
 from qalora_jax import stacks
 from qalora_jax import tensors
+from qalora_jax.models import layers
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import qtensor
 
 METHOD = 'gptq'
@@ -43,7 +44,7 @@ def describe(directory) -> dict[str, qtensor.Form]:
   stated, (found, problems) = _stated(directory), tensors.headers(directory)
   config = hf.read_config(directory, quantized=True)
   forms, wanted, shapes = {}, {}, layout.matrix_shapes(config)
-  for path, names in layout.names(config, range(config.num_hidden_layers)).items():
+  for path, names in layout.names(config, layout.apart(config)).items():
     module, shape = layout.module(names[0]), shapes[layout.unstacked(path)]
     if not layout.is_matrix(path) or f'{module}.qweight' not in found:
       wanted[names[0]] = hf.dense_wanted(path, shape)
@@ -53,14 +54,14 @@ def describe(directory) -> dict[str, qtensor.Form]:
     scale = found.get(f'{module}.scales')
     form = qtensor.Form(bits, group, scale='float16' if scale and scale.dtype == 'F16' else 'float32')
     forms[linear.weight_name(layout.module(path))] = form
-  ignored = lambda name: name.endswith(('.g_idx', '.bias')) or hf.is_ignored(config, name)
+  ignored = lambda name: name.endswith(('.g_idx', '.bias')) or families.of(config).ignored(config, name)
   tensors.check(directory, found, wanted, problems, ignored)
   return forms
 
 
 def load(
   directory,
-  config: llama.ModelConfig,
+  config: layers.Config,
   scheme: linear.Scheme,
   *,
   progress: Callable[[], None] | None = None,
@@ -73,7 +74,7 @@ def load(
   forms, shapes, found = describe(directory), layout.matrix_shapes(config), tensors.headers(directory)[0]
   stated_version = version(directory)
   read = lambda name: tensors.read(name, found[name])
-  names = layout.names(config, scheme.starts(config.num_hidden_layers, llama.MATRICES))
+  names = layout.names(config, scheme.starts(config))
   form = {path: forms.get(linear.weight_name(layout.module(path))) for path in names}
 
   def blank(path):

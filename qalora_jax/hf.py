@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qalora_jax import families
 from qalora_jax import layout
 from qalora_jax import stacks
 from qalora_jax import tensors
 from qalora_jax import tokenizer
+from qalora_jax.models import layers
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import qtensor
 
 CONFIG = 'config.json'
@@ -29,18 +30,6 @@ FLOATS = ('F32', 'F16', 'BF16')
 DTYPES = ('float32', 'bfloat16', 'float16')
 SHARD_BYTES = 5_000_000_000
 _HUB_ID = r'[\w-][\w.-]*/[\w-][\w.-]*'
-
-_MODEL_TYPES = ('llama',)
-_REQUIRED = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
-# Absent or null, these mean the default of ModelConfig, which is that of transformers.
-_OPTIONAL = ('max_position_embeddings', 'rms_norm_eps', 'tie_word_embeddings', 'head_dim')
-# What a LLaMA may say only in one way here; absent, it means the same.
-_FIXED = {
-  'hidden_act': 'silu',
-  'attention_bias': False,
-  'mlp_bias': False,
-  'partial_rotary_factor': 1.0,
-}
 
 
 def resolve(source, revision: str = 'main') -> pathlib.Path:
@@ -70,60 +59,40 @@ def resolve(source, revision: str = 'main') -> pathlib.Path:
   return pathlib.Path(found)
 
 
-def read_config(directory, *, dtype=jnp.float32, remat: str = 'none', quantized: bool = False) -> llama.ModelConfig:
+def read_config(directory, *, dtype=jnp.float32, remat: str = 'none', quantized: bool = False) -> layers.Config:
   """The model that config.json describes, with this `dtype` of the arithmetic and this `remat`.
 
   `quantized`: its weights may be quantized in a form that another module reads.
 
-  Raises FileNotFoundError without the file, ValueError for another family or a LLaMA that ModelConfig cannot say.
+  Raises FileNotFoundError without the file, ValueError for an unknown family, or a model that its family cannot say.
   """
   file = pathlib.Path(directory) / CONFIG
   if not file.is_file():
     raise FileNotFoundError(f'{directory} has no {CONFIG}; a model directory holds one beside its safetensors files.')
   raw = tensors.read_json(file)
-  if raw.get('model_type') not in _MODEL_TYPES:
-    raise ValueError(f'{file}: model_type is {raw.get("model_type")!r}; supported: {", ".join(_MODEL_TYPES)}.')
-  for key in _REQUIRED:
-    if key not in raw:
-      raise ValueError(f'{file}: has no "{key}"; copy the {CONFIG} that was published with the weights.')
-    if not isinstance(raw[key], int) or raw[key] < 1:
-      raise ValueError(f'{file}: {key} = {raw[key]!r}; it is a count of at least 1.')
-  for key, value in _FIXED.items():
-    if raw.get(key, value) != value:
-      raise ValueError(f'{file}: {key} = {raw[key]!r}; only {value!r} is supported.')
   if raw.get('quantization_config') and not quantized:
     method = raw['quantization_config'].get('quant_method', 'unknown')
     raise ValueError(
       f'{file}: quantization_config is of quant_method {method!r}; the weights have to be dense, or GPTQ\'s ("gptq").'
     )
-  theta, scaling = _rope(file, raw)
-  stated = {key: raw[key] for key in (*_REQUIRED, *_OPTIONAL) if raw.get(key) is not None}
-  # Before LLaMA 2 the file did not say it: every head had its own keys and values.
-  heads = raw.get('num_key_value_heads') or raw['num_attention_heads']
   try:
-    return llama.ModelConfig(
-      **stated, num_key_value_heads=heads, rope_theta=theta, rope_scaling=scaling, dtype=dtype, remat=remat
-    )
+    return families.find(raw.get('model_type')).read(raw, dtype=dtype, remat=remat)
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
 
 
 def write_config(
-  directory, config: llama.ModelConfig, *, bos=None, eos=None, dtype: str = 'float32', more: dict | None = None
+  directory, config: layers.Config, *, bos=None, eos=None, dtype: str = 'float32', more: dict | None = None
 ) -> None:
   """Writes config.json, from which `read_config` and transformers make the same model; `dtype` is the weights'.
 
   `more`: what a format adds to it.
   """
-  keys = (*_REQUIRED, *_OPTIONAL, 'num_key_value_heads', 'rope_theta')
-  scaling = config.rope_scaling
-  fixed = {key: value for key, value in _FIXED.items() if key in ('hidden_act', 'attention_bias', 'mlp_bias')}
+  family = families.of(config)
   value = {
-    'architectures': ['LlamaForCausalLM'],
-    'model_type': 'llama',
-    **{key: getattr(config, key) for key in keys},
-    'rope_scaling': None if scaling is None else {'rope_type': 'llama3', **dataclasses.asdict(scaling)},
-    **fixed,
+    'architectures': [family.architecture],
+    'model_type': family.model_type,
+    **family.write(config),
     'bos_token_id': bos,
     'eos_token_id': eos,
     'torch_dtype': dtype,
@@ -134,7 +103,7 @@ def write_config(
 
 def load(
   directory,
-  config: llama.ModelConfig,
+  config: layers.Config,
   scheme: linear.Scheme,
   *,
   progress: Callable[[], None] | None = None,
@@ -148,10 +117,9 @@ def load(
   that do not divide into groups), before anything is read.
   """
   source = Source(directory, config)
-  starts = scheme.starts(config.num_hidden_layers, llama.MATRICES)
   dtype = jnp.float32 if scheme.trains else scheme.frozen_dtype
   blank, quantizers, problems = {}, {}, []
-  for path, names in layout.names(config, starts).items():
+  for path, names in layout.names(config, scheme.starts(config)).items():
     shape = source.shapes[layout.unstacked(path)]
     quantizers[path] = scheme.quantizer(linear.weight_name(layout.module(path))) if layout.is_matrix(path) else None
     try:
@@ -159,7 +127,7 @@ def load(
         quantizers[path],
         shape,
         dtype,
-        names[0] if len(names) == 1 else layout.NAMES[layout.unstacked(path)].format('*'),
+        names[0] if len(names) == 1 else families.of(config).names(config)[layout.unstacked(path)].format('*'),
       )
     except ValueError as error:
       problems.append(str(error))
@@ -179,34 +147,41 @@ class Source:
   `shapes`: {path: shape of a single layer's} under the paths of a model whose layers are one stack.
   """
 
-  def __init__(self, directory, config: llama.ModelConfig):
+  def __init__(self, directory, config: layers.Config):
     self._directory, self._config = directory, config
     self.shapes = layout.matrix_shapes(config)
     self._found, self._problems = tensors.headers(directory)
+    self._views = views(config)
 
   def check(self, problems: Iterable[str] = ()) -> None:
     """One ValueError for `problems` and all that the headers show to be wrong."""
-    wanted = {
-      name: dense_wanted(path, self.shapes[path])
-      for path, names in layout.names(self._config).items()
-      for name in names
-    }
-    ignored = functools.partial(is_ignored, self._config)
+    wanted = {}
+    for path, names in layout.names(self._config).items():
+      for name in names:
+        view = self._views.get(name)
+        wanted[view.name if view else name] = _wanted(path, self.shapes[path], view)
+    ignored = functools.partial(families.of(self._config).ignored, self._config)
     tensors.check(self._directory, self._found, wanted, [*self._problems, *problems], ignored)
 
   def read(self, path: str, name: str) -> np.ndarray:
     """The tensor `name`, a matrix as [inputs, outputs]; ValueError naming it where an entry is not finite."""
-    stored = tensors.read(name, self._found[name])
+    view = self._views.get(name)
+    place = view.name if view else name
+    stored = tensors.read(place, self._found[place])
     if not np.isfinite(stored).all():
       raise ValueError(
-        f'{self._directory}: {name} holds NaN or infinite entries; the checkpoint is damaged, get it again.'
+        f'{self._directory}: {place} holds NaN or infinite entries; the checkpoint is damaged, get it again.'
       )
-    return stored.T if layout.is_matrix(path) else stored
+    if view is None:
+      return stored.T if layout.is_matrix(path) else stored
+    if not layout.is_matrix(path):
+      return stored[view.rows]
+    return stored[view.rows].T if view.outputs_first else stored[:, view.rows]
 
 
 def write(
   directory,
-  config: llama.ModelConfig,
+  config: layers.Config,
   tree: dict,
   *,
   dtype: str = 'float32',
@@ -227,14 +202,14 @@ def write(
     raise ValueError(f'dtype = {dtype!r}; weights are written in one of {", ".join(DTYPES)}.')
 
   dense = lambda name, q: [(name, cast(np.asarray(_dequantize(q)).T, dtype, name))]
-  every = named(config, tree, dtype, dense, progress)
+  every = _as_stored(config, named(config, tree, dtype, dense, progress))
   publish(
     directory, config, every, dtype=dtype, tokenizer_from=tokenizer_from, bos=bos, eos=eos, shard_bytes=shard_bytes
   )
 
 
 def named(
-  config: llama.ModelConfig,
+  config: layers.Config,
   tree: dict,
   dtype: str,
   quantized: Callable[[str, qtensor.QTensor], Iterable[tuple[str, np.ndarray]]],
@@ -250,7 +225,7 @@ def named(
 
 def publish(
   directory,
-  config: llama.ModelConfig,
+  config: layers.Config,
   named: Iterable[tuple[str, np.ndarray]],
   *,
   dtype: str,
@@ -281,6 +256,42 @@ def dense_wanted(path: str, shape: tuple[int, ...]) -> tensors.Wanted:
   return tensors.Wanted(shape[::-1] if layout.is_matrix(path) else shape, FLOATS)
 
 
+def views(config: layers.Config) -> dict[str, families.View]:
+  """{name: View} of every tensor of every layer that files hold otherwise."""
+  family = families.of(config)
+  found, templates = {}, family.views(config)
+  for path, names in layout.names(config).items():
+    view = templates.get(family.names(config)[path])
+    if view is not None:
+      found |= {name: dataclasses.replace(view, name=view.name.format(layer)) for layer, name in enumerate(names)}
+  return found
+
+
+def _wanted(path: str, shape: tuple[int, ...], view: families.View | None) -> tensors.Wanted:
+  """What the tensor that a dense leaf, or more than one, is stored in has to be."""
+  if view is None:
+    return dense_wanted(path, shape)
+  if not layout.is_matrix(path):
+    return tensors.Wanted((view.outputs,), FLOATS)
+  stored = (view.outputs, shape[0]) if view.outputs_first else (shape[0], view.outputs)
+  return tensors.Wanted(stored, FLOATS)
+
+
+def _as_stored(config: layers.Config, every: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+  """Tensors under their names as files hold them: those of one stored tensor together, when the last is there."""
+  found, waiting = views(config), {}
+  for name, tensor in every:
+    view = found.get(name)
+    if view is None:
+      yield name, tensor
+      continue
+    parts = waiting.setdefault(view.name, [])
+    parts.append((view.rows.start or 0, tensor))
+    if sum(len(part) for _, part in parts) == view.outputs:
+      whole = np.concatenate([part for _, part in sorted(waiting.pop(view.name), key=lambda part: part[0])])
+      yield view.name, whole if view.outputs_first else np.ascontiguousarray(whole.T)
+
+
 _dequantize = jax.jit(qtensor.dequantize)
 
 
@@ -291,13 +302,6 @@ def _blank(quantizer, shape: tuple[int, ...], dtype, name: str):
   return jax.eval_shape(functools.partial(quantizer, name=name), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def is_ignored(config: llama.ModelConfig, name: str) -> bool:
-  """Tensors that say nothing: old checkpoints' rotary frequencies, and the second copy of a tied head."""
-  return name.endswith('.rotary_emb.inv_freq') or (
-    config.tie_word_embeddings and name == layout.NAMES['lm_head/kernel']
-  )
-
-
 def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
   """`array` in `dtype`; ValueError naming it where float16 cannot hold it."""
   with np.errstate(over='ignore'):
@@ -305,20 +309,3 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
   if dtype == 'float16' and not np.isfinite(cast).all() and np.isfinite(array).all():
     raise ValueError(f'{name} reaches {np.abs(array).max():g}, beyond float16; write float32 or bfloat16.')
   return cast
-
-
-def _rope(file: pathlib.Path, raw: dict) -> tuple[float, llama.RopeScaling | None]:
-  """Theta and the scaling; transformers 5 keeps both in `rope_parameters`, earlier ones apart."""
-  newer = raw.get('rope_parameters') or {}
-  theta = float(newer.get('rope_theta', raw.get('rope_theta', 10000.0)))
-  scaling = newer or raw.get('rope_scaling') or {}
-  kind = scaling.get('rope_type', scaling.get('type', 'default'))
-  if kind == 'default':
-    return theta, None
-  if kind != 'llama3':
-    raise ValueError(f'{file}: RoPE is scaled as {kind!r}; supported: default, llama3.')
-  fields = [field.name for field in dataclasses.fields(llama.RopeScaling)]
-  missing = [name for name in fields if name not in scaling]
-  if missing:
-    raise ValueError(f'{file}: RoPE scaling "llama3" has no {", ".join(missing)}.')
-  return theta, llama.RopeScaling(**{name: scaling[name] for name in fields})

@@ -22,8 +22,8 @@ from qalora_jax import hf
 from qalora_jax import layout
 from qalora_jax import stacks
 from qalora_jax import tensors
+from qalora_jax.models import layers
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import codebooks
 from qalora_jax.quant import qtensor
 
@@ -91,7 +91,7 @@ def describe(directory) -> dict[str, qtensor.Form]:
   file = pathlib.Path(directory) / MANIFEST
   entries, config = dict(manifest(directory)['weights']), hf.read_config(directory)
   shapes, found = layout.matrix_shapes(config), {}
-  for path, names in layout.names(config, range(config.num_hidden_layers)).items():
+  for path, names in layout.names(config, layout.apart(config)).items():
     module, shape = layout.module(names[0]), shapes[layout.unstacked(path)]
     entry = entries.pop(module, None) if layout.is_matrix(path) else None
     if entry is None:
@@ -113,7 +113,7 @@ def scheme_of(forms: dict[str, qtensor.Form], **choices) -> linear.Scheme:
 
 def load(
   directory,
-  config: llama.ModelConfig,
+  config: layers.Config,
   scheme: linear.Scheme | None = None,
   *,
   progress: Callable[[], None] | None = None,
@@ -128,7 +128,7 @@ def load(
   """
   forms, shapes, stated = describe(directory), layout.matrix_shapes(config), scheme is not None
   scheme = scheme or scheme_of(forms)
-  names = layout.names(config, scheme.starts(config.num_hidden_layers, llama.MATRICES))
+  names = layout.names(config, scheme.starts(config))
   form = {path: forms.get(linear.weight_name(layout.module(path))) for path in names}
   found, problems = tensors.headers(directory)
   fields = {
@@ -154,7 +154,7 @@ def load(
 
 def write(
   directory,
-  config: llama.ModelConfig,
+  config: layers.Config,
   tree: dict,
   *,
   provenance: dict,
@@ -174,7 +174,7 @@ def write(
   flat = traverse_util.flatten_dict(tree, sep='/')
   quantized = {path: leaf for path, leaf in flat.items() if isinstance(leaf, qtensor.QTensor)}
   weights = {}
-  for path, names in layout.names(config, linear.starts(tree) or (0,)).items():
+  for path, names in layout.names(config, linear.starts(tree)).items():
     if path in quantized:
       q = quantized[path]
       entry = dict(dataclasses.asdict(qtensor.form(q)), inputs=q.shape[-2], outputs=q.shape[-1])
@@ -205,7 +205,7 @@ def write(
 
 
 def named(
-  config: llama.ModelConfig, tree: dict, progress: Callable[[], None] | None = None
+  config: layers.Config, tree: dict, progress: Callable[[], None] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
   """(name, tensor) of all that `write` puts into the files of a tree."""
   for path, name, leaf in layout.parts(config, tree, progress):

@@ -20,8 +20,8 @@ from qalora_jax import layout
 from qalora_jax import tensors
 from qalora_jax.adapters import lora
 from qalora_jax.adapters import qalora
+from qalora_jax.models import layers
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 CONVENTIONS = ('peft', 'released')
@@ -47,7 +47,7 @@ def is_adapter(directory) -> bool:
   return (pathlib.Path(directory) / CONFIG).is_file()
 
 
-def write(directory, config: llama.ModelConfig, params: dict, *, base: str, convention: str = 'peft') -> None:
+def write(directory, config: layers.Config, params: dict, *, base: str, convention: str = 'peft') -> None:
   """Writes the adapters of `params` as a directory that appears whole; `base` names the model that they belong to.
 
   Raises ValueError for params without adapters, and for QA-LoRA on groups of several sizes under PEFT's convention,
@@ -95,7 +95,7 @@ def write(directory, config: llama.ModelConfig, params: dict, *, base: str, conv
     tensors.save_file(temporary / WEIGHTS, named)
 
 
-def describe(directory, config: llama.ModelConfig) -> dict:
+def describe(directory, config: layers.Config) -> dict:
   """The choices of config.adapter that the adapter in `directory` was made with: kind, rank, alpha, targets, ...
 
   Raises FileNotFoundError where it is incomplete, ValueError naming what this package cannot express.
@@ -128,7 +128,7 @@ def describe(directory, config: llama.ModelConfig) -> dict:
   }
 
 
-def load(directory, config: llama.ModelConfig, blank: dict) -> dict:
+def load(directory, config: layers.Config, blank: dict) -> dict:
   """The adapters in `directory`, on the host, in the structure of the abstract params `blank` (a model that `describe`
   configured).  Raises ValueError where they do not fit its base.
   """
@@ -163,7 +163,7 @@ def _factor(node: qalora.QALoRA, inputs: int, convention: str) -> float:
   return by_pool / groups if convention == 'peft' else by_pool
 
 
-def _adapters(config: llama.ModelConfig, params: dict):
+def _adapters(config: layers.Config, params: dict):
   """(module, inputs, adapter of that layer alone) of every adapter of `params`, which may be abstract."""
   sizes, names = _sizes(config), layout.weights(config)
   is_leaf = lambda node: isinstance(node, lora.LoRA | qalora.QALoRA)
@@ -179,27 +179,30 @@ def _at(leaf, at: int):
   return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf[at]
 
 
-def _targets(config: llama.ModelConfig, modules: list[str]) -> list[str]:
+def _targets(config: layers.Config, modules: list[str]) -> list[str]:
   """target_modules: the last names where every layer has the same, else every module in full."""
   last = sorted({module.rpartition('.')[2] for module in modules})
-  return last if len(modules) == len(last) * config.num_hidden_layers else sorted(modules)
+  return last if len(modules) == len(last) * sum(config.depths.values()) else sorted(modules)
 
 
-def _pattern(config: llama.ModelConfig, modules) -> str:
+def _pattern(config: layers.Config, modules) -> str:
   """adapter.targets that select exactly these modules."""
   named = {name: weight for weight, name in layout.weights(config).items()}
   chosen = [named[module] for module in modules]
   last = sorted({weight.rpartition('/')[2] for weight in chosen})
-  if len(chosen) == len(last) * config.num_hidden_layers:
+  if len(chosen) == len(last) * sum(config.depths.values()):
     return f'/({"|".join(last)})$'
   return f'^({"|".join(sorted(chosen))})$'
 
 
-def _sizes(config: llama.ModelConfig) -> dict[str, int]:
+def _sizes(config: layers.Config) -> dict[str, int]:
   """{module: its inputs} of every projection of the blocks."""
-  shapes = layout.matrix_shapes(config)
-  inside = {weight: name for weight, name in layout.weights(config).items() if weight.startswith(f'{linear.STACK}/')}
-  return {name: shapes[f'{linear.STACK}/{weight.split("/", 2)[2]}/kernel'][0] for weight, name in inside.items()}
+  shapes, sizes = layout.matrix_shapes(config), {}
+  for weight, name in layout.weights(config).items():
+    stack, _, rest = weight.partition('/')
+    if linear.stack_of(stack):
+      sizes[name] = shapes[f'{stack}/{rest.partition("/")[2]}/kernel'][0]
+  return sizes
 
 
 def _stated(directory) -> dict:

@@ -22,7 +22,7 @@ from qalora_jax import report
 from qalora_jax import sharding
 from qalora_jax import topologies
 from qalora_jax.kernels import plan as kernels
-from qalora_jax.models import llama
+from qalora_jax.models import layers
 
 SUMMARY = (
   'Compiles the training step of a config for a topology that need not be here, and prints what it takes of every\n'
@@ -392,7 +392,7 @@ def _inside(params: dict) -> Iterator:
         yield getattr(each, 'jaxpr', each)
 
 
-def _moved(config, model: llama.ModelConfig, program: program_lib.Program, rows: int) -> float:
+def _moved(config, model: layers.Config, program: program_lib.Program, rows: int) -> float:
   """Bytes that a device moves at least in a step, as `Work` says."""
   size = lambda tree: sum(map(_shard_bytes, jax.tree.leaves(tree)))
   divided = lambda leaf: 'fsdp' in jax.tree.leaves(tuple(leaf.sharding.spec))
@@ -405,7 +405,7 @@ def _moved(config, model: llama.ModelConfig, program: program_lib.Program, rows:
   passes = config.train.accumulation * (2 if config.model.remat in ('none', 'dots') else 3)
   weights = passes * read(program.frozen)
   trained = passes * read(program.state.params) + 4 * size(program.state.params) + 2 * size(program.state.opt_state)
-  between = model.num_hidden_layers * model.hidden_size * model.dtype.itemsize
+  between = sum(model.depths.values()) * model.hidden_size * model.dtype.itemsize
   return weights + trained + 2 * config.train.accumulation * rows * config.data.window * between
 
 

@@ -79,7 +79,7 @@ def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
   model = built.model.config
   with lock.alone(partial):
     tensors.refuse_existing(workdir)  # another run may have finished since
-    with progress.bar('quantizing layers', model.num_hidden_layers) as bar:
+    with progress.bar('quantizing layers', sum(model.depths.values())) as bar:
       result = calibrate.quantize(
         hf.Source(built.directory, model),
         model,
@@ -95,7 +95,7 @@ def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
         progress=bar.advance,
       )
     provenance = {'source': config.model.source, 'base': config.base.to_dict(), 'merged': False, 'settings': settings}
-    with progress.bar('writing weights', model.num_hidden_layers) as bar:
+    with progress.bar('writing weights', sum(model.depths.values())) as bar:
       packed.write(
         workdir,
         model,

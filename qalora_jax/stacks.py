@@ -48,7 +48,7 @@ class OnDevices:
     """See above."""
     self._wholes = wholes
     self._sums = {path: [checksum.Checksum()] * len(leaves) for path, leaves in wholes.items()}
-    stacked = {path: leaves for path, leaves in wholes.items() if linear.starts([path.partition('/')[0]])}
+    stacked = {path: leaves for path, leaves in wholes.items() if linear.stack_of(path.partition('/')[0])}
     own = {path: self._at[path] for path in stacked}
     zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stacked)
     # What stands outside the stacks arrives whole.

@@ -15,6 +15,7 @@ from qalora_jax import hf
 from qalora_jax import sharding
 from qalora_jax.models import linear
 from qalora_jax.models import llama
+from qalora_jax.models import rotary
 from qalora_jax.quant import affine
 from qalora_jax.quant import errors
 from qalora_jax.quant import float4
@@ -69,7 +70,9 @@ def inputs_of(frozen, layer):
   B, T = SAMPLES.shape
   H, K, C = CONFIG.num_attention_heads, CONFIG.num_key_value_heads, CONFIG.head_dim
   x, found = tree['embedding'][SAMPLES], {}
-  angles = np.arange(T)[:, None] * np.asarray(llama.rope_frequencies(CONFIG), np.float64)
+  angles = np.arange(T)[:, None] * np.asarray(
+    rotary.frequencies(CONFIG.rope_theta, CONFIG.head_dim, CONFIG.rope_scaling), np.float64
+  )
   cos, sin = (f(angles)[None, :, None] for f in (np.cos, np.sin))
 
   def norm(x, scale):

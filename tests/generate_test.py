@@ -20,6 +20,7 @@ from qalora_jax.generate import command
 from qalora_jax.generate import decode
 from qalora_jax.generate import sampling
 from qalora_jax.generate import text as text_lib
+from qalora_jax.models import attention
 from qalora_jax.models import linear
 from qalora_jax.models import llama
 
@@ -99,20 +100,20 @@ def test_logits_with_a_past_are_those_of_the_whole_text(models, name):
   whole = model.apply(variables, tokens)
   lengths, size = np.array([20, 9]), 32
   padded = np.where(np.arange(20)[None] < lengths[:, None], tokens[:, :20], 7)
-  first, made = model.apply(variables, padded, only_BP=lengths[:, None] - 1, mutable=[llama.PRESENT])
+  first, made = model.apply(variables, padded, only_BP=lengths[:, None] - 1, mutable=[attention.PRESENT])
   grow = lambda leaf: jnp.pad(leaf, [(0, 0), (0, 0), (0, 0), (0, size - leaf.shape[3]), (0, 0)])
-  past = jax.tree.map(grow, made[llama.PRESENT])
+  past = jax.tree.map(grow, made[attention.PRESENT])
   found = [first[:, 0]]
   for step in range(4):
     at, rows = jnp.array(lengths + step), jnp.arange(2)
     logits, made = model.apply(
-      {**variables, llama.PAST: past},
+      {**variables, attention.PAST: past},
       tokens[rows, at][:, None],
       positions_BT=at[:, None],
-      mutable=[llama.PRESENT],
+      mutable=[attention.PRESENT],
     )
     put = lambda old, new, at=at, rows=rows: old.at[:, rows, :, at].set(new[:, :, :, 0].swapaxes(0, 1))
-    past = jax.tree.map(put, past, made[llama.PRESENT])
+    past = jax.tree.map(put, past, made[attention.PRESENT])
     found.append(logits[:, 0])
   wanted = jnp.stack([whole[jnp.arange(2), lengths - 1 + step] for step in range(5)])
   # Two orders of the same sums: of I products in each of the matrices on a path through the model.

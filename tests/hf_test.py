@@ -14,11 +14,13 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 import small_llama
 
+from qalora_jax import families
 from qalora_jax import hf
 from qalora_jax import layout
 from qalora_jax import tensors
 from qalora_jax.models import linear
 from qalora_jax.models import llama
+from qalora_jax.models import rotary
 from qalora_jax.quant import affine
 from qalora_jax.quant import qtensor
 
@@ -57,7 +59,7 @@ def test_a_written_model_reads_the_same_here_and_elsewhere(tmp_path, config):
 
 
 def test_the_stretched_rope_has_all_three_bands():
-  ratio = llama.rope_frequencies(STRETCHED) / llama.rope_frequencies(dataclasses.replace(STRETCHED, rope_scaling=None))
+  ratio = rotary.frequencies(1000.0, 6, STRETCHED.rope_scaling) / rotary.frequencies(1000.0, 6)
   assert ratio[0] == 1 and 1 / 8 < ratio[1] < 1 and ratio[-1] == 1 / 8
 
 
@@ -92,7 +94,7 @@ CONFIG_FAULTS = [
   ({'attention_bias': True}, r'attention_bias = True'),
   ({'mlp_bias': True}, r'mlp_bias = True'),
   ({'quantization_config': {'quant_method': 'awq'}}, r"quantization_config is of quant_method 'awq'; the weights have"),
-  ({'rope_scaling': {'type': 'linear', 'factor': 2}}, r"'linear'; supported: default, llama3"),
+  ({'rope_scaling': {'type': 'yarn', 'factor': 2}}, r"'yarn'; supported: default, llama3, linear"),
   ({'rope_scaling': {'rope_type': 'llama3', 'factor': 2}}, r'has no low_freq_factor, high_freq_factor'),
   ({'num_key_value_heads': 3}, r'config.json: .*no multiple'),
 ]
@@ -346,7 +348,7 @@ def test_a_tree_of_another_model_is_not_written(tmp_path):
 
 
 def test_every_weight_of_the_model_has_a_name():
-  assert layout.matrix_shapes(PLAIN).keys() == layout.names(PLAIN).keys() == layout.NAMES.keys()
+  assert layout.matrix_shapes(PLAIN).keys() == layout.names(PLAIN).keys() == families.of(PLAIN).names(PLAIN).keys()
 
 
 def test_sources_are_directories_or_hub_ids(written, monkeypatch):

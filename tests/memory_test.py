@@ -22,6 +22,7 @@ from qalora_jax import sharding
 from qalora_jax import step as step_lib
 from qalora_jax import topologies
 from qalora_jax.kernels import exact
+from qalora_jax.models import attention
 from qalora_jax.models import linear
 from qalora_jax.models import llama
 from qalora_jax.models import pieces
@@ -74,7 +75,7 @@ def test_a_device_holds_its_part():
 def limited(monkeypatch, logits: int, queries: int):
   """So many logits of a row, and scores of so many queries, at most at once on one device."""
   monkeypatch.setattr(step_lib, 'LOGITS', step_test.ROWS * logits * 4)
-  monkeypatch.setattr(llama, 'SCORES', step_test.ROWS * queries * step_test.CONFIG.num_attention_heads * T * 4)
+  monkeypatch.setattr(attention, 'SCORES', step_test.ROWS * queries * step_test.CONFIG.num_attention_heads * T * 4)
 
 
 def plain_loss(model, params, frozen, batch):
@@ -148,8 +149,8 @@ def test_attention_by_blocks_is_attention(segmented, monkeypatch):
   whole = lambda *qkv: jnp.sum(weight * jax.nn.dot_product_attention(*qkv, mask=mask))
   wanted = jax.value_and_grad(whole, argnums=(0, 1, 2))(q, k, v)
   for queries in 1, 4:
-    monkeypatch.setattr(llama, 'SCORES', queries * rows * heads * T * 4)
-    blocks = lambda *qkv: jnp.sum(weight * llama.attend(*qkv, segments))
+    monkeypatch.setattr(attention, 'SCORES', queries * rows * heads * T * 4)
+    blocks = lambda *qkv: jnp.sum(weight * attention.attend(*qkv, segments))
     assert f'f32[{rows},{queries},' in str(jax.make_jaxpr(blocks)(q, k, v))
     # Sums of up to 11 x 8 products of numbers around 1.
     step_test.assert_trees_close(jax.value_and_grad(blocks, argnums=(0, 1, 2))(q, k, v), wanted, eps=1e-5)
@@ -159,9 +160,9 @@ def test_gradients_of_keys_are_added_in_float32(monkeypatch):
   """In bfloat16 a sum over the blocks would be rounded after each; it is rounded once, as without blocks."""
   rows, heads, width, time = 1, 1, 8, 256
   q, k, v, weight = jax.random.normal(jax.random.key(0), (4, rows, time, heads, width)).astype(jnp.bfloat16)
-  loss = lambda v: jnp.sum((weight * llama.attend(q, k, v)).astype(jnp.float32))
+  loss = lambda v: jnp.sum((weight * attention.attend(q, k, v)).astype(jnp.float32))
   wanted = jax.grad(loss)(v).astype(jnp.float32)
-  monkeypatch.setattr(llama, 'SCORES', rows * heads * time * 4)
+  monkeypatch.setattr(attention, 'SCORES', rows * heads * time * 4)
   got = jax.grad(lambda v: loss(v))(v).astype(jnp.float32)
   # One rounding of each, 2^-9 of the entry, and the products' own: the probabilities are bfloat16 in both.
   np.testing.assert_allclose(got, wanted, rtol=2**-7, atol=2**-7)
@@ -236,7 +237,7 @@ def compiled_step(layers: int, remat: str):
 def test_a_further_layer_adds_its_gradients_alone(monkeypatch):
   """Nothing dense: a layer's input goes to the host, where its moments are."""
   monkeypatch.setattr(step_lib, 'LOGITS', 2**19)
-  monkeypatch.setattr(llama, 'SCORES', 2**19)
+  monkeypatch.setattr(attention, 'SCORES', 2**19)
   (few, _), (many, trained) = (compiled_step(layers, 'offload') for layers in (2, 6))
   grown = lambda name: (getattr(many.memory_analysis(), name) - getattr(few.memory_analysis(), name)) / 4
   # Gradients are padded to whole tiles of 8 x 128 numbers: those of the seven A have 8 columns of at most 16 groups.
@@ -250,7 +251,7 @@ def test_a_further_layer_adds_its_gradients_alone(monkeypatch):
 @pytest.mark.skipif(not topologies.installed(), reason='libtpu is not installed')
 def test_no_logits_and_no_scores_stand_whole(monkeypatch):
   monkeypatch.setattr(step_lib, 'LOGITS', 2**19)
-  monkeypatch.setattr(llama, 'SCORES', 2**19)
+  monkeypatch.setattr(attention, 'SCORES', 2**19)
   text = compiled_step(2, 'full')[0].as_text()
   shapes = [tuple(map(int, dims.split(','))) for dims in re.findall(r'(?:f32|bf16)\[([\d,]+)\]', text)]
   logits = {math.prod(dims) for dims in shapes if VOCABULARY in dims} - {VOCABULARY, VOCABULARY * WIDTH}

@@ -12,6 +12,7 @@ import pytest
 from qalora_jax import adapters
 from qalora_jax.models import linear
 from qalora_jax.models import llama
+from qalora_jax.models import rotary
 from qalora_jax.quant import affine
 from qalora_jax.quant import qtensor
 
@@ -99,10 +100,10 @@ def test_grouped_queries_are_repeated_keys():
 
 def test_rotary_scores_depend_on_distance_alone():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, CONFIG.head_dim))
-  frequencies = llama.rope_frequencies(CONFIG)
+  frequencies = rotary.frequencies(CONFIG.rope_theta, CONFIG.head_dim, CONFIG.rope_scaling)
 
   def score(at_q, at_k):
-    turn = lambda x, at: llama.rotate(x, jnp.array([[at]]), frequencies)
+    turn = lambda x, at: rotary.rotate(x, jnp.array([[at]]), frequencies)
     return float(jnp.sum(turn(q, at_q) * turn(k, at_k)))
 
   assert score(3, 1) == pytest.approx(score(33, 31), abs=1e-5)
@@ -110,10 +111,10 @@ def test_rotary_scores_depend_on_distance_alone():
 
 
 def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
-  scaling = llama.RopeScaling(8.0, 1.0, 4.0, 8192)
+  scaling = rotary.Stretch(8.0, 1.0, 4.0, 8192)
   config = dataclasses.replace(CONFIG, head_dim=128, rope_theta=500000.0)
-  plain = llama.rope_frequencies(config)
-  stretched = llama.rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
+  plain = rotary.frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
+  stretched = rotary.frequencies(config.rope_theta, config.head_dim, scaling)
   waves = 2 * np.pi / plain
   np.testing.assert_array_equal(stretched[waves < 8192 / 4], plain[waves < 8192 / 4])
   np.testing.assert_allclose(stretched[waves > 8192], plain[waves > 8192] / 8, rtol=1e-6)

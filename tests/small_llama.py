@@ -10,6 +10,7 @@ import numpy as np
 import numpy_llama
 
 from qalora_jax.models import llama
+from qalora_jax.models import rotary
 
 # Every size differs from every other, so that no two axes can be confused; heads are wider than D / H.
 PLAIN = llama.ModelConfig(50, 24, 40, 3, 4, 2, max_position_embeddings=64, head_dim=8)
@@ -17,7 +18,7 @@ STRETCHED = dataclasses.replace(
   PLAIN,
   # Wavelengths of 6, 63 (theta 100 would give 20) and more: one band kept, one blended, one stretched.
   rope_theta=1000.0,
-  rope_scaling=llama.RopeScaling(8.0, 1.0, 4.0, original_max_position_embeddings=64),
+  rope_scaling=rotary.Stretch(8.0, 1.0, 4.0, original_max_position_embeddings=64),
 )
 CONFIGS = {
   'untied': PLAIN,

@@ -26,8 +26,8 @@ from qalora_jax.evaluate import loglikelihood
 from qalora_jax.evaluate import perplexity
 from qalora_jax.evaluate import tasks
 from qalora_jax.generate import decode
+from qalora_jax.models import layers
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 
 SUMMARY = (
   'Scores a model: perplexity on config.evaluate.text, four-choice accuracy on config.evaluate.choices, BLEU, chrF,\n'
@@ -216,7 +216,7 @@ def _scores(
   return row, details
 
 
-def check_window(config, model: llama.ModelConfig) -> None:
+def check_window(config, model: layers.Config) -> None:
   """ValueError where config.data.window is longer than the model's, beyond which it was never trained."""
   window, longest = config.data.window, model.max_position_embeddings
   if window > longest:
@@ -348,7 +348,7 @@ def bits_per_weight(variables: dict) -> float:
   for collection in variables.values():
     for path, leaf in jax.tree_util.tree_leaves_with_path(collection, is_leaf=quant.is_matrix):
       names = [getattr(key, 'key', None) for key in path]
-      if linear.starts(names[:1]) and ('kernel' in names or 'adapter' in names):
+      if linear.stack_of(str(names[0])) and ('kernel' in names or 'adapter' in names):
         bits += 8 * quant.stored_bytes(leaf)
         weights += leaf.size if 'kernel' in names else 0
   return bits / weights

@@ -28,7 +28,7 @@ import numpy as np
 from qalora_jax import progress
 from qalora_jax import sharding
 from qalora_jax import tokenizer as tokenizer_lib
-from qalora_jax.models import llama
+from qalora_jax.models import attention
 
 # Widths are multiples of this many tokens, and of an eighth of the next power of two.
 _LEAST = 32
@@ -234,8 +234,8 @@ def _score(model: nn.Module, variables: dict, batch: dict) -> tuple[jax.Array, j
   past = {}
   if 'beginning' in batch:
     nowhere_B1 = jnp.zeros((len(batch['beginning']), 1), jnp.int32)
-    _, made = model.apply(variables, batch['beginning'], only_BP=nowhere_B1, mutable=[llama.PRESENT])
-    past = {llama.PAST: made[llama.PRESENT]} if llama.PRESENT in made else {}
+    _, made = model.apply(variables, batch['beginning'], only_BP=nowhere_B1, mutable=[attention.PRESENT])
+    past = {attention.PAST: made[attention.PRESENT]} if attention.PRESENT in made else {}
   logits_BPV = model.apply(
     {**variables, **past}, batch['tokens'], batch['segments'], batch['positions'], only_BP=batch['only']
   )

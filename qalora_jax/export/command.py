@@ -133,7 +133,7 @@ def export(loaded: build.Loaded, config, output: pathlib.Path, *, format: str, *
     **choices,
   )
   FORMATS[format].check(job)
-  layers = loaded.model.config.num_hidden_layers
+  layers = sum(loaded.model.config.depths.values())
   with tensors.fresh(output) as temporary:
     with progress.bar('writing weights', layers) as bar:
       FORMATS[format].write(temporary, job, bar.advance)

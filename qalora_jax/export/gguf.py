@@ -26,7 +26,8 @@ from qalora_jax import tensors
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.export import job as job_lib
 from qalora_jax.export import verify as verify_lib
-from qalora_jax.models import llama
+from qalora_jax.models import layers
+from qalora_jax.models import rotary
 from qalora_jax.quant import qtensor
 
 FILE = 'model.gguf'
@@ -178,7 +179,7 @@ def _constants(q: qtensor.QTensor):
   return qtensor.codes(q).astype(jnp.int8), scale, qtensor.offsets(q) - 8 * scale
 
 
-def _name(gguf, config: llama.ModelConfig, name: str) -> str:
+def _name(gguf, config: layers.Config, name: str) -> str:
   """llama.cpp's name of a tensor: blk.0.attn_q.weight."""
   return _names(gguf.get_tensor_name_map, gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers).get_name(name, ('.weight',))
 
@@ -186,7 +187,7 @@ def _name(gguf, config: llama.ModelConfig, name: str) -> str:
 _names = functools.lru_cache(maxsize=1)(lambda table, kind, layers: table(kind, layers))
 
 
-def _turned(config: llama.ModelConfig, name: str, rows: np.ndarray, back: bool = False) -> np.ndarray:
+def _turned(config: layers.Config, name: str, rows: np.ndarray, back: bool = False) -> np.ndarray:
   """The rows (outputs) of q_proj and k_proj as llama.cpp rotates them: it pairs neighbours, not halves of a head."""
   heads = {'q_proj': config.num_attention_heads, 'k_proj': config.num_key_value_heads}
   count = heads.get(layout.module(name).rpartition('.')[2])
@@ -197,15 +198,15 @@ def _turned(config: llama.ModelConfig, name: str, rows: np.ndarray, back: bool =
   return np.ascontiguousarray(rows.reshape(count, *halves, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape))
 
 
-def _rope_factors(config: llama.ModelConfig) -> np.ndarray | None:
+def _rope_factors(config: layers.Config) -> np.ndarray | None:
   """What LLaMA-3's rotary frequencies are divided by, for every pair."""
   if config.rope_scaling is None:
     return None
-  plain = llama.rope_frequencies(dataclasses.replace(config, rope_scaling=None))
-  return np.asarray(plain / llama.rope_frequencies(config), np.float32)
+  stretched = rotary.frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
+  return np.asarray(rotary.frequencies(config.rope_theta, config.head_dim) / stretched, np.float32)
 
 
-def _describe(writer, gguf, config: llama.ModelConfig, kinds: dict[str, str]) -> None:
+def _describe(writer, gguf, config: layers.Config, kinds: dict[str, str]) -> None:
   writer.add_type(gguf.GGUFType.MODEL)
   writer.add_context_length(config.max_position_embeddings)
   writer.add_embedding_length(config.hidden_size)

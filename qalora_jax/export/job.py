@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from qalora_jax.models import llama
+from qalora_jax.models import layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Job:
   tokenizer_from: a directory whose tokenizer goes along; bos and eos: its ids.  provenance: where the model comes from.
   """
 
-  config: llama.ModelConfig
+  config: layers.Config
   tree: dict
   dtype: str = 'float32'
   widen: bool = False

@@ -3,12 +3,12 @@
 import dataclasses
 import math
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from qalora_jax import adapters
 from qalora_jax import quant
-from qalora_jax.models import llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Check:
     )
 
 
-def check(model: llama.Llama, frozen: dict, params: dict, merged: dict, *, seed: int = 0) -> Check:
+def check(model: nn.Module, frozen: dict, params: dict, merged: dict, *, seed: int = 0) -> Check:
   """Compares model(frozen, params) with model(merged) in float32 on random tokens [4, 64].
 
   The tolerance is measured, not chosen: the change of the merged logits when every number w that the merge made is
@@ -66,7 +66,7 @@ def check(model: llama.Llama, frozen: dict, params: dict, merged: dict, *, seed:
     return Check(*(float(x) for x in compare(frozen, params, merged)))
 
 
-def moved(model: llama.Llama, params: dict, settled: dict, *, seed: int = 0) -> float:
+def moved(model: nn.Module, params: dict, settled: dict, *, seed: int = 0) -> float:
   """How far QAT's logits on random tokens [4, 16] are from those of its weights as codes (`quant.settle`).
 
   It is 0: training computes with these very codes.

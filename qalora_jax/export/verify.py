@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qalora_jax import layout
-from qalora_jax.models import llama
+from qalora_jax.models import layers
 from qalora_jax.quant import qtensor
 
 
@@ -30,7 +30,7 @@ class Verified:
 
 
 def verify(
-  config: llama.ModelConfig,
+  config: layers.Config,
   tree: dict,
   library: str,
   read: Callable[[str, str], np.ndarray],

@@ -15,7 +15,7 @@ import numpy as np
 
 from qalora_jax import sharding
 from qalora_jax.generate import sampling
-from qalora_jax.models import llama
+from qalora_jax.models import attention
 
 # Prompts and caches are padded to multiples of this many tokens, and of an eighth of the next power of two: a growing
 # conversation and prompts of many lengths share few programs, and little of them is padding.
@@ -84,7 +84,7 @@ def _read(model, settings, mesh, size: int, variables, tokens_BP, lengths_B, key
   A prompt is followed by padding, whose keys and values are masked until decoding writes over them.
   """
   apply = sharding.over(mesh, model.apply)
-  logits, made = apply(variables, tokens_BP, only_BP=lengths_B[:, None] - 1, mutable=[llama.PRESENT])
+  logits, made = apply(variables, tokens_BP, only_BP=lengths_B[:, None] - 1, mutable=[attention.PRESENT])
 
   def grown(leaf):
     # [N, B, K, P, C] -> [N, B, K, S, C]
@@ -95,7 +95,7 @@ def _read(model, settings, mesh, size: int, variables, tokens_BP, lengths_B, key
   if settings.remembers:
     rows_B1, real_BP = jnp.arange(len(tokens_BP))[:, None], jnp.arange(tokens_BP.shape[1])[None] < lengths_B[:, None]
     seen_BV = seen_BV.at[rows_B1, tokens_BP].max(real_BP)
-  state = {'past': jax.tree.map(grown, made.get(llama.PRESENT, {})), 'positions': lengths_B, 'seen': seen_BV}
+  state = {'past': jax.tree.map(grown, made.get(attention.PRESENT, {})), 'positions': lengths_B, 'seen': seen_BV}
   return _chosen(settings, state, logits, keys_B)
 
 
@@ -103,18 +103,18 @@ def _read(model, settings, mesh, size: int, variables, tokens_BP, lengths_B, key
 def _write(model, settings, mesh, variables, state, keys_B):
   """One more token of every row; the cache is written in place."""
   positions_B = state['positions']
-  past = {llama.PAST: state['past']} if state['past'] else {}
+  past = {attention.PAST: state['past']} if state['past'] else {}
   logits, made = sharding.over(mesh, model.apply)(
     {**variables, **past},
     state['tokens'][:, None],
     positions_BT=positions_B[:, None],
     only_BP=jnp.zeros_like(positions_B)[:, None],
-    mutable=[llama.PRESENT],
+    mutable=[attention.PRESENT],
   )
   rows_B = jnp.arange(len(positions_B))
   # Rows that are over go on beyond the cache; what falls outside it is dropped.
   put = lambda old, new: old.at[:, rows_B, :, positions_B].set(new[..., 0, :].swapaxes(0, 1), mode='drop')
-  past = jax.tree.map(put, state['past'], made.get(llama.PRESENT, {}))
+  past = jax.tree.map(put, state['past'], made.get(attention.PRESENT, {}))
   return _chosen(settings, {**state, 'past': past, 'positions': positions_B + 1}, logits, keys_B)
 
 

@@ -27,11 +27,12 @@ from qalora_jax.quant import qtensor
 
 # Words for `targets`; anything else is a regular expression searched in the weight's name.
 TARGETS = {
-  'all': r'^layers/.*_proj$',
-  'attention': r'^layers/.*/attention/.*_proj$',
-  'mlp': r'^layers/.*/mlp/.*_proj$',
+  'all': r'^(layers|encoder|decoder)/.*_proj$',
+  'attention': r'^(layers|encoder|decoder)/.*/(attention|cross)/.*_proj$',
+  'mlp': r'^(layers|encoder|decoder)/.*/mlp/.*_proj$',
 }
-STACK = 'layers'
+# What stacks of layers are called: of a model with one kind of layer, and of one that has an encoder and a decoder.
+STACK, ENCODER, DECODER = STACKS = ('layers', 'encoder', 'decoder')
 # The logical axis of the rows of a batch.
 ROWS = 'rows'
 
@@ -45,16 +46,25 @@ def selects(targets: str, name: str) -> bool:
 _compiled = functools.lru_cache(maxsize=None)(re.compile)
 
 
-def stacks(starts: Iterable[int]) -> list[str]:
-  """The names of stacks of layers that begin at `starts`: `layers` alone, or `layers_0`, `layers_3`, ..."""
+def stacks(starts: Iterable[int], stack: str = STACK) -> list[str]:
+  """The names of a stack's parts that begin at `starts`: `layers` alone, or `layers_0`, `layers_3`, ..."""
   starts = list(starts)
-  return [STACK] if len(starts) == 1 else [f'{STACK}_{start}' for start in starts]
+  return [stack] if len(starts) == 1 else [f'{stack}_{start}' for start in starts]
 
 
-def starts(names: Iterable[str]) -> list[int]:
-  """The first layer of every stack among the names in a tree, in order; the inverse of `stacks`."""
-  found = [re.fullmatch(rf'{STACK}(?:_(\d+))?', name) for name in names]
-  return sorted(int(match[1] or 0) for match in found if match)
+def starts(names: Iterable[str]) -> dict[str, list[int]]:
+  """{stack: the first layers of its parts, in order} among the names in a tree; the inverse of `stacks`."""
+  found = {}
+  for name in names:
+    if (part := stack_of(name)) is not None:
+      found.setdefault(part[0], []).append(part[1])
+  return {stack: sorted(firsts) for stack, firsts in found.items()}
+
+
+def stack_of(name: str) -> tuple[str, int] | None:
+  """(stack, first layer) of the name of a part of a stack, 'layers_3'; None for another name."""
+  match = re.fullmatch(rf'({"|".join(STACKS)})(?:_(\d+))?', name)
+  return match and (match[1], int(match[2] or 0))
 
 
 def weight_name(path: str) -> str:
@@ -62,8 +72,9 @@ def weight_name(path: str) -> str:
 
   Outside the stacks a path is the name.
   """
-  stack, slash, rest = path.partition('/')
-  return f'{STACK}/{starts([stack])[0]}/{rest}' if slash and starts([stack]) else path
+  part, slash, rest = path.partition('/')
+  found = stack_of(part)
+  return f'{found[0]}/{found[1]}/{rest}' if slash and found else path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +101,17 @@ class Scheme:
     """Whether the weight called `name` has an adapter."""
     return self.adapter is not None and selects(self.adapted, name)
 
-  def starts(self, layers: int, matrices: Iterable[str]) -> list[int]:
-    """The first layer of every stack: neighbours whose `matrices` (mlp/down_proj, ...) are all alike share one."""
-    kinds = [
-      [(self.quantizer(name), self.adapts(name)) for name in (f'{STACK}/{layer}/{matrix}' for matrix in matrices)]
-      for layer in range(layers)
-    ]
-    return [layer for layer in range(layers) if layer == 0 or kinds[layer] != kinds[layer - 1]]
+  def starts(self, config) -> dict[str, list[int]]:
+    """{stack: the first layer of each of its parts}: neighbours whose matrices are all alike share one.
+
+    `config`: a family's, which says `depths` and `sequence`.
+    """
+    return {stack: self._starts(stack, depth, config.sequence[stack]) for stack, depth in config.depths.items()}
+
+  def _starts(self, stack: str, depth: int, sequence: dict) -> list[int]:
+    names = [[f'{stack}/{layer}/{matrix}' for matrix in matrices(sequence)] for layer in range(depth)]
+    kinds = [[(self.quantizer(name), self.adapts(name)) for name in own] for own in names]
+    return [layer for layer in range(depth) if layer == 0 or kinds[layer] != kinds[layer - 1]]
 
 
 def weight(module: nn.Module, scheme: Scheme, name: str, init: Callable) -> jax.Array:
@@ -145,18 +160,32 @@ def _rules_of(axis: str) -> tuple[str, ...]:
   return (found,) if isinstance(found, str) else tuple(found)
 
 
-class Linear(nn.Module):
-  """x [..., I] -> x @ dense(kernel) + the adapter's update [..., features]; no bias.
+def matrices(sequence: dict) -> tuple[str, ...]:
+  """All matrices of a block, in the order in which data flows: of `sequence`, {method: lines of alike matrices}."""
+  return tuple(matrix for lines in sequence.values() for alike in lines for matrix in alike)
 
-  `axes` are the logical axes of (inputs, outputs) that sharding rules read.
+
+class Linear(nn.Module):
+  """x [..., I] -> x @ dense(kernel) + the adapter's update [+ bias], [..., features].
+
+  `axes` are the logical axes of (inputs, outputs) that sharding rules read.  The bias of one that is `biased` is dense,
+  whatever the kernel is.
   """
 
   features: int
   axes: tuple[str, str]
   scheme: Scheme
+  biased: bool = False
 
   @nn.compact
   def __call__(self, x):
+    y = self._product(x)
+    if not self.biased:
+      return y
+    init = dense_init(self.scheme, nn.initializers.zeros, (self.features,), self.axes[1:])
+    return y + weight(self, self.scheme, 'bias', init).astype(y.dtype)
+
+  def _product(self, x):
     kernel = weight(self, self.scheme, 'kernel', self._kernel_init(x.shape[-1]))
     if isinstance(kernel, qtensor.QTensor):
       kernel = kernel.replace(split=split(self.axes))

@@ -1,0 +1,25 @@
+"""Model families: what Hugging Face's config.json says of each, and what its tensors are called.
+
+A family is a room: a module here that reads and writes its config and names its tensors, and the linen module that
+computes it in `models`.  Everything else asks `find` and `of`.
+"""
+
+from qalora_jax.families import llama
+from qalora_jax.families.family import Family
+from qalora_jax.families.family import View
+
+__all__ = ['FAMILIES', 'Family', 'View', 'find', 'of']
+
+FAMILIES = {family.model_type: family for family in (llama.LLAMA,)}
+
+
+def find(model_type) -> Family:
+  """The family of a config.json's model_type; ValueError with the known ones for another."""
+  if model_type not in FAMILIES:
+    raise ValueError(f'model_type is {model_type!r}; supported: {", ".join(FAMILIES)}.')
+  return FAMILIES[model_type]
+
+
+def of(config) -> Family:
+  """The family of a model's config."""
+  return FAMILIES[config.family]

@@ -1,0 +1,65 @@
+"""What a family has to say, and how config.json is read without believing too much."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import dataclasses
+
+from flax import linen as nn
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """Where a tensor lies within one that is stored otherwise: its outputs `rows` of `outputs`.
+
+  `name` is the stored tensor's, {} standing for the layer.  `outputs_first`: a matrix is stored as [outputs, inputs],
+  as torch's Linear does; not so by GPT-2.
+  """
+
+  name: str
+  rows: slice
+  outputs: int
+  outputs_first: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A kind of model as Hugging Face keeps it.
+
+  model_type: config.json's.  architecture: the class that transformers loads it by.
+  module: module(config, scheme) is the model.
+  read(raw, dtype, remat): the config of what config.json says; ValueError for what this family has no way to say.
+  write(config): what config.json says beside model_type and architectures; read(write(config)) == config.
+  names(config): {path in the tree: name of the tensor}, {} standing for the layer of a stacked one.
+  views(config): {name: View} of the tensors that files hold otherwise than under their name.
+  ignored(config, name): whether a tensor of a file says nothing.
+  """
+
+  model_type: str
+  architecture: str
+  module: type[nn.Module]
+  read: Callable
+  write: Callable[..., dict]
+  names: Callable[..., Mapping[str, str]]
+  views: Callable[..., Mapping[str, View]] = lambda config: {}
+  ignored: Callable[..., bool] = lambda config, name: False
+
+
+def check_counts(raw: Mapping, keys) -> None:
+  """ValueError where one of these keys of config.json is missing or no count."""
+  for key in keys:
+    if key not in raw:
+      raise ValueError(f'has no "{key}"; copy the config.json that was published with the weights.')
+    if not isinstance(raw[key], int) or raw[key] < 1:
+      raise ValueError(f'{key} = {raw[key]!r}; it is a count of at least 1.')
+
+
+def check_fixed(raw: Mapping, fixed: Mapping) -> None:
+  """ValueError where config.json says otherwise than `fixed`, {key: the only value}; absent, a key means the same."""
+  for key, value in fixed.items():
+    if raw.get(key, value) != value:
+      raise ValueError(f'{key} = {raw[key]!r}; only {value!r} is supported.')
+
+
+def stated(raw: Mapping, keys) -> dict:
+  """Those of `keys` that config.json says; absent or null, they are left to the default."""
+  return {key: raw[key] for key in keys if raw.get(key) is not None}
