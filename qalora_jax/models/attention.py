@@ -123,7 +123,7 @@ def attend_to_past(
   cap: float = 0.0,
   bias: Callable | None = None,
 ) -> jax.Array:
-  """As `attend`, of T tokens to themselves and to the first positions_BT[:, 0] entries of the past, (k, v [B, K, S, C]).
+  """As `attend`, of T tokens to themselves and to the first positions_BT[:, 0] entries of the past, k, v [B, K, S, C].
 
   Entry s of the past has place s, the tokens at hand have `positions_BT`.  One softmax over both, in float32; the past
   is read where it lies, never copied beside the present.  `bias(places of queries [B, T], places of keys [B or 1, S])`.
