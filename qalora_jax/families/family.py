@@ -63,3 +63,17 @@ def check_fixed(raw: Mapping, fixed: Mapping) -> None:
 def stated(raw: Mapping, keys) -> dict:
   """Those of `keys` that config.json says; absent or null, they are left to the default."""
   return {key: raw[key] for key in keys if raw.get(key) is not None}
+
+
+def check_choice(key: str, value, words) -> None:
+  """ValueError where config.json says something else than one of `words`."""
+  if value not in words:
+    raise ValueError(f'{key} = {value!r}; supported: {", ".join(words)}.')
+
+
+def window(raw: Mapping, default: int | None) -> int:
+  """sliding_window in places, `default` where it is not said; 0 for null, which is no window."""
+  value = raw.get('sliding_window', default)
+  if value is not None and (not isinstance(value, int) or value < 1):
+    raise ValueError(f'sliding_window = {value!r}; it is a count of at least 1, or null.')
+  return value or 0
