@@ -150,7 +150,13 @@ class Source:
   def __init__(self, directory, config: layers.Config):
     self._directory, self._config = directory, config
     self.shapes = layout.matrix_shapes(config)
-    self._found, self._problems = tensors.headers(directory)
+    called = families.of(config).called
+    found, self._problems = tensors.headers(directory)
+    # What a file calls a tensor, and what its header says, by its name here.
+    self._stored = {called(name): name for name in found}
+    self._found = {called(name): header for name, header in found.items()}
+    twice = [name for name in found if self._stored[called(name)] != name]
+    self._problems += [f'{name} is there again as {self._stored[called(name)]}' for name in twice]
     self._views = views(config)
 
   def check(self, problems: Iterable[str] = ()) -> None:
@@ -167,7 +173,7 @@ class Source:
     """The tensor `name`, a matrix as [inputs, outputs]; ValueError naming it where an entry is not finite."""
     view = self._views.get(name)
     place = view.name if view else name
-    stored = tensors.read(place, self._found[place])
+    stored = tensors.read(self._stored[place], self._found[place])
     if not np.isfinite(stored).all():
       raise ValueError(
         f'{self._directory}: {place} holds NaN or infinite entries; the checkpoint is damaged, get it again.'

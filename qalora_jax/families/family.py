@@ -1,6 +1,7 @@
 """What a family has to say, and how config.json is read without believing too much."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 import dataclasses
 
@@ -32,6 +33,7 @@ class Family:
   names(config): {path in the tree: name of the tensor}, {} standing for the layer of a stacked one.
   views(config): {name: View} of the tensors that files hold otherwise than under their name.
   ignored(config, name): whether a tensor of a file says nothing.
+  called(name): what `names` calls a tensor of a file.
   """
 
   model_type: str
@@ -42,6 +44,15 @@ class Family:
   names: Callable[..., Mapping[str, str]]
   views: Callable[..., Mapping[str, View]] = lambda config: {}
   ignored: Callable[..., bool] = lambda config, name: False
+  called: Callable[[str], str] = lambda name: name
+
+
+def fused(stored: str, parts: Mapping[str, int], outputs_first: bool = True) -> Iterator[tuple[str, View]]:
+  """(name, View) of tensors that lie one after another in the tensor `stored`; `parts`: {name: its outputs}."""
+  begin, outputs = 0, sum(parts.values())
+  for name, count in parts.items():
+    yield name, View(stored, slice(begin, begin + count), outputs, outputs_first)
+    begin += count
 
 
 def check_counts(raw: Mapping, keys) -> None:

@@ -31,8 +31,8 @@ _NORMS_TWICE = {
 def shape(raw: Mapping, *, required: Iterable[str] = (), activation: str = 'hidden_act', **defaults) -> dict:
   """The fields of decoder.Config that config.json states for LLaMA and relatives alike: sizes, norms' epsilon, biases.
 
-  `required`: counts that it has to state beside SIZES.  `activation`: the key of the activation's name.  `defaults`: what
-  keys mean that are absent or null, where that is not what LLaMA's mean.
+  `required`: counts that it has to state beside SIZES.  `activation`: the key of the activation's name.  `defaults`:
+  what keys mean that are absent or null, where that is not what LLaMA's mean.
   """
   family.check_counts(raw, (*SIZES, *required))
   # Before LLaMA 2 the file did not say it: every head had its own keys and values.
