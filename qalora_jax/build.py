@@ -103,7 +103,7 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
 def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
   """As `setup`, from config.model.architecture alone: nothing is downloaded or read (65B in seconds)."""
   said = config.model.architecture.to_dict()
-  if not said['vocab_size']:
+  if not said.get('vocab_size'):
     said['vocab_size'] = tokenizer_lib.load(config.model.tokenizer).vocab_size
   try:
     family = families.find(said.get('model_type', 'llama'))
@@ -117,6 +117,7 @@ def _setup(config, directory, model_config: layers.Config, forms: dict | None) -
   model = families.of(model_config).module(model_config, bases.scheme(config, directory, forms))
   _check_targets(config, model, directory)
   _check_adapted(config, model)
+  _check_window(config, model)
   return Setup(directory, model, layout.abstract(model_config, model.scheme))
 
 
@@ -172,6 +173,13 @@ def _check_adapted(config, model: nn.Module) -> None:
       f'adapter.init = {chosen.init!r} makes good what quantization lost, and {dense[0]} is dense: keep '
       'adapter.targets within what base.targets and base.rules quantize, or set adapter.init = "pissa" or "zero".'
     )
+
+
+def _check_window(config, model: nn.Module) -> None:
+  """ValueError where rows that train are longer than the table of a model that has learned its positions."""
+  window, places = config.data.window, model.config.max_position_embeddings
+  if config.adapter.kind != 'none' and getattr(model.config, 'learned_positions', False) and window > places:
+    raise ValueError(f'data.window = {window}, and the model has learned {places} positions: set data.window to that.')
 
 
 def tokenizer(config: ml_collections.ConfigDict, built: Setup) -> tokenizer_lib.Tokenizer:

@@ -16,6 +16,7 @@ import re
 import jax
 import numpy as np
 
+from qalora_jax import families
 from qalora_jax import layout
 from qalora_jax import tensors
 from qalora_jax.adapters import lora
@@ -53,6 +54,7 @@ def write(directory, config: layers.Config, params: dict, *, base: str, conventi
   Raises ValueError for params without adapters, and for QA-LoRA on groups of several sizes under PEFT's convention,
   which has one size for all.
   """
+  _check_family(config)
   found = list(_adapters(config, params))
   if not found:
     raise ValueError('there is no adapter to write: the run trained every weight, or none; use --format=hf.')
@@ -100,6 +102,7 @@ def describe(directory, config: layers.Config) -> dict:
 
   Raises FileNotFoundError where it is incomplete, ValueError naming what this package cannot express.
   """
+  _check_family(config)
   stated, shapes, sizes = _stated(directory), _shapes(directory), _sizes(config)
   kind, pools = 'lora', {}
   for module, (rank, inputs) in shapes.items():
@@ -154,6 +157,16 @@ def load(directory, config: layers.Config, blank: dict) -> dict:
     flat |= {f'{weights[module]}/adapter/a': a, f'{weights[module]}/adapter/b': b}
   stacked = lambda path, leaf: np.stack([flat[name] for name in layout.layer_names(path, leaf)])
   return jax.tree.map_with_path(stacked, blank)
+
+
+def _check_family(config: layers.Config) -> None:
+  """ValueError for a family some of whose projections are no modules of their own where PEFT looks for them."""
+  if fused := families.of(config).views(config):
+    name = layout.module(next(iter(fused)).format(0))
+    raise ValueError(
+      f'model_type {config.family!r}: {name} is no module in transformers, which holds several projections in one or '
+      'turns them round, and PEFT adapts modules; keep the adapter in its workdir, or merge it by `qalora export`.'
+    )
 
 
 def _factor(node: qalora.QALoRA, inputs: int, convention: str) -> float:

@@ -87,12 +87,11 @@ def test_newer_and_older_configs_are_read(written):
 
 
 CONFIG_FAULTS = [
-  ({'model_type': 'mistral'}, r'config.json: model_type is .mistral.; supported: llama'),
+  ({'model_type': 'mamba'}, r'config.json: model_type is .mamba.; supported: llama, mistral, qwen2'),
   ({'hidden_size': None}, r'config.json: hidden_size = None'),
   ({'vocab_size': ...}, r'config.json: has no "vocab_size"'),
-  ({'hidden_act': 'gelu'}, r"hidden_act = 'gelu'; only 'silu'"),
-  ({'attention_bias': True}, r'attention_bias = True'),
-  ({'mlp_bias': True}, r'mlp_bias = True'),
+  ({'hidden_act': 'quick_gelu'}, r"hidden_act = 'quick_gelu'; supported: silu, relu"),
+  ({'partial_rotary_factor': 0.5}, r'partial_rotary_factor = 0.5; only 1.0'),
   ({'quantization_config': {'quant_method': 'awq'}}, r"quantization_config is of quant_method 'awq'; the weights have"),
   ({'rope_scaling': {'type': 'yarn', 'factor': 2}}, r"'yarn'; supported: default, llama3, linear"),
   ({'rope_scaling': {'rope_type': 'llama3', 'factor': 2}}, r'has no low_freq_factor, high_freq_factor'),
