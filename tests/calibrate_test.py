@@ -116,11 +116,11 @@ def test_every_matrix_sees_the_inputs_that_the_quantized_ones_before_it_make(run
   reported = {row['weight']: row['output_error'] for row in result.rows}
   assert len(reported) == 7 * 3
   for layer in range(3):
-    for at, matrix in enumerate(llama.MATRICES):
+    for at, matrix in enumerate(linear.matrices(llama.SEQUENCE)):
       # What stands in the model when this matrix is looked at.
       now = jax.tree.map(np.array, original)
       for other_layer in range(layer + 1):
-        for other_at, other in enumerate(llama.MATRICES):
+        for other_at, other in enumerate(linear.matrices(llama.SEQUENCE)):
           if other_layer < layer or (true_sequential and other_at < at):
             part, name = other.split('/')
             now['layers'][part][name]['kernel'][other_layer] = quantized['layers'][part][name]['kernel'][other_layer]
@@ -218,7 +218,7 @@ def test_a_budget_is_kept_and_spent_where_it_helps(run, tmp_path, budget):
     """The summed relative output error on the dense model's inputs, as it was minimised, and the bits per weight."""
     total, used = 0.0, []
     for layer in range(3):
-      for matrix in llama.MATRICES:
+      for matrix in linear.matrices(llama.SEQUENCE):
         part, name = matrix.split('/')
         w, x = source['layers'][part][name]['kernel'][layer], inputs[layer][matrix].astype(np.float32)
         used.append(made[bits_of(f'layers/{layer}/{matrix}')](w))
