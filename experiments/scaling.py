@@ -6,7 +6,7 @@ Nothing is run and nothing is read: every row is `qalora plan` of a recipe of co
 devices that are not here (rank 64, one row of 2,048 tokens a device, bfloat16, remat 'full', unless the row says
 otherwise).
 
-    models     LLaMA-7B, 13B, 33B, 65B at 4, 3, 2 bits in groups of 32, on the fewest chips that hold them
+    models     LLaMA-7B, 13B, 33B, 65B at 4, 3, 2 bits in groups of 32, on the fewest chips that hold them (v6e: to 33B)
     headline   QLoRA's: 7B below 8 GB and 65B below 48 GB on one device; `options` say how
     window     7B at 4 bits with longer and longer rows
     mesh       65B at 4 bits on eight GPUs, divided in three ways
@@ -19,6 +19,7 @@ that 4 bits in groups of 32 are 6 bits a weight; `options` with float16 constant
 
 Rows for TPUs need libtpu, rows for an H100 jax's CUDA plugin (`make test-aot-gpu` makes that environment): what the
 interpreter at hand cannot compile is left as it was, and what is there already is not compiled again without --again.
+A row on which the compiler gives up is said and left out.
 Writes experiments/results/scaling.{json,md,png}.
 """
 
@@ -95,8 +96,9 @@ class Case:
 
 def cases() -> Iterator[Case]:
   """Every row in the order in which it stands."""
-  for slices in SLICES.values():
-    for model in MODELS:
+  for chip, slices in SLICES.items():
+    # libtpu 0.0.52 aborts, and the process with it, on 65B divided over v6e chips.
+    for model in MODELS if chip != 'v6e' else MODELS[:3]:
       for bits in (4, 3, 2):
         yield Case('models', model, bits, slices)
   for model, chip, options in (
@@ -154,7 +156,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
       bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axis.set(title=title, ylabel='GiB a device')
     axis.tick_params(axis='x', rotation=90)
-  axes[0][0].legend(fontsize='small')
+  axes[0][-1].legend(fontsize='small')
   figure.tight_layout()
   # No date and no version of a program: the same rows make the same file.
   figure.savefig(path, format='png', dpi=110, metadata={'Software': None})
@@ -187,7 +189,11 @@ def main(words: list[str] | None = None) -> None:
     able = topologies.installed(topologies.find(case.slices[0]).chip.platform)
     if asked.render or not able or asked.only not in case.key or (case.key in stored and not asked.again):
       continue
-    stored[case.key] = measure(case) | {'commit': report.commit()}
+    try:
+      stored[case.key] = measure(case) | {'commit': report.commit()}
+    except topologies.Refused as refused:
+      print(f'{case.key}: {refused}', flush=True)
+      continue
     print({name: stored[case.key].get(name) for name in _SHOWN}, flush=True)
     render([stored[case.key] for case in cases() if case.key in stored], command)
   if asked.render:

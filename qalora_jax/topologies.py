@@ -77,6 +77,10 @@ class Overfull(ValueError):
     self.needed = needed
 
 
+class Refused(ValueError):
+  """A program that the compiler gives up on for a reason of its own."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
   """Chips of one kind, laid out as `shape` says: (16, 16)."""
@@ -149,7 +153,8 @@ def compiled_for(platform: str, jitted: jax.stages.Wrapped, *arguments, quick: b
 
   `quick`: with the least optimization, where that saves time; such a program takes some percent more memory or less.
   It is never put in jax's persistent cache: a program for a chip that is not there cannot be read back.  Raises
-  Overfull where the compiler finds that a device cannot hold it (TPU; the other compilers do not look).
+  Overfull where the compiler finds that a device cannot hold it (TPU; the other compilers do not look), Refused where
+  it gives up otherwise.
   """
   lowered = jitted.trace(*arguments).lower(lowering_platforms=('cuda' if platform == 'gpu' else platform,))
   cached_from = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -160,7 +165,8 @@ def compiled_for(platform: str, jitted: jax.stages.Wrapped, *arguments, quick: b
     # Arguments are counted among what it calls temporaries.
     if needed := _NEEDED.search(str(error)):
       raise Overfull(int(float(needed[1]) * 2 ** (10 * ' KMGT'.index(needed[2]))), needed[0]) from error
-    raise
+    said = str(error).strip().partition('\n')[0]
+    raise Refused(f'the compiler for {platform} gives up on this program: {said:.300}') from error
   finally:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', cached_from)
 

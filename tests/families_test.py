@@ -78,8 +78,19 @@ TOKENS = np.random.default_rng(1).integers(0, SIZES['vocab_size'], (2, 24)).asty
 DENSE = linear.Scheme()
 # Queries and keys of heads of 8 or 6, so groups of 4 divide every matrix's inputs.
 ROUND = affine.Affine(4, 4)
-QALORA = linear.Scheme(quantizers=(('all', ROUND),), adapter=adapters.Adapter('qalora', 2, 4.0))
+ALL = linear.Scheme(quantizers=(('all', ROUND),))
+# One matrix of every line but the first of an mlp, which is as the last.
+SOME = '(q|o|down)_proj$'
+QALORA = linear.Scheme(quantizers=((SOME, ROUND),), adapter=adapters.Adapter('qalora', 2, 4.0), adapted=SOME)
 EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _quick():
+  """Programs of these tests run once."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +127,10 @@ def checkpoint(tmp_path_factory):
     # Soft caps are left out by other implementations of attention.
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
     with torch.no_grad():
-      for weight in model.parameters():
-        weight.normal_(0.02, 0.2)
+      for key, weight in model.named_parameters():
+        # Gemma's scales are stored less 1.
+        is_scale = weight.ndim == 1 and key.endswith('weight') and 'gemma' not in model_type
+        weight.normal_(1.0 if is_scale else 0.02, 0.2)
     place = tmp_path_factory.mktemp(name) / 'model'
     model.save_pretrained(place)
     single = theirs(model)
@@ -192,9 +205,6 @@ def test_a_step_moves_the_adapter_alone_and_merging_changes_nothing(checkpoint, 
   found = checkpoint(name)
   model = decoder.Decoder(found.config)
   frozen, params = hf.load(found.directory, found.config, QALORA), born(found.config)
-  biases = [path for path in layout.names(found.config) if path.endswith('/bias')]
-  assert len(biases) == len(found.config.biased) + (3 if name == 'gpt2' else 0)
-  assert all(isinstance(leaf, qtensor.QTensor) for leaf in quantized(frozen)) and len(quantized(frozen)) >= 6
   batch = {
     'tokens': jnp.asarray(TOKENS),
     'loss_mask': jnp.ones_like(TOKENS),
@@ -204,16 +214,11 @@ def test_a_step_moves_the_adapter_alone_and_merging_changes_nothing(checkpoint, 
   tx = optax.sgd(0.1)
   step = jax.jit(functools.partial(step_lib.train_step, model, tx, 0, 1))
   state, metrics = step(step_lib.init_state(tx, params), frozen, batch)
-  assert set(jax.tree.map(np.shape, params)) == {'layers'} and np.isfinite(metrics['loss'])
+  assert np.isfinite(metrics['loss'])
   moved = jax.tree.map(lambda new, old: bool((new != old).any()), state.params, params)
   assert all(jax.tree.leaves(moved))
   held = merge.check(model, frozen, state.params, merge.merge(frozen, state.params))
   assert held.holds and held.effect > 100 * held.tolerance
-
-
-def quantized(frozen):
-  is_leaf = lambda node: isinstance(node, qtensor.QTensor)
-  return [node for node in jax.tree.leaves(frozen, is_leaf=is_leaf) if is_leaf(node)]
 
 
 @EVERY
@@ -278,7 +283,7 @@ def test_calibration_sees_the_model_it_quantizes(checkpoint, tree, name):
   np.testing.assert_allclose(last, hidden, rtol=0, atol=3 * 7 * 40 * EPS * float(jnp.abs(hidden).max()))
 
 
-@pytest.mark.parametrize('name', ['gemma2', 'phi3', 'gpt2'])
+@pytest.mark.parametrize('name', ['gemma2', 'gpt2'])
 def test_gptq_beats_rounding(checkpoint, tmp_path, name):
   found = checkpoint(name)
   samples = np.random.default_rng(2).integers(0, 50, (6, 24)).astype(np.int32)
@@ -293,8 +298,6 @@ def test_gptq_beats_rounding(checkpoint, tmp_path, name):
       partial=tmp_path / str(chosen.solver is None),
       settings={},
     )
-    wanted = jax.tree.structure(hf.load(found.directory, found.config, linear.Scheme(quantizers=(('all', chosen),))))
-    assert jax.tree.structure(made.frozen) == wanted
     return {row['weight']: row['output_error'] for row in made.rows}
 
   rounded = rows(method.Method(affine.Affine(3, 4)))
@@ -306,10 +309,19 @@ def test_gptq_beats_rounding(checkpoint, tmp_path, name):
     assert mean(better, matrix) < mean(rounded, matrix)
 
 
+def is_quantized(node):
+  return isinstance(node, qtensor.QTensor)
+
+
 @EVERY
 def test_quantized_directories_are_read_bit_for_bit(checkpoint, tmp_path, name):
   found = checkpoint(name)
-  frozen = hf.load(found.directory, found.config, QALORA)
+  frozen = hf.load(found.directory, found.config, ALL)
+  matrices = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_quantized) if is_quantized(leaf)]
+  assert len(matrices) == len(linear.matrices(found.config.sequence['layers']))
+  # Biases stay dense, and are there: as many as the config says, and the norms' own.
+  biases = [path for path in layout.names(found.config) if path.endswith('/bias')]
+  assert len(biases) == len(found.config.biased) + (3 if name == 'gpt2' else 0)
   packed.write(tmp_path / 'out', found.config, frozen, provenance={})
   assert hf.read_config(tmp_path / 'out') == found.config
   small_llama.same(packed.load(tmp_path / 'out', found.config), frozen)
@@ -322,18 +334,18 @@ def test_adapters_are_written_and_read_in_pefts_names(checkpoint, tmp_path, name
   chosen = peft.describe(tmp_path / 'adapter', found.config)
   assert (chosen['kind'], chosen['rank']) == ('qalora', 2)
   blank = jax.eval_shape(lambda: params)
-  for one, two in zip(jax.tree.leaves(peft.load(tmp_path / 'adapter', found.config, blank)), jax.tree.leaves(params)):
-    # B is scaled and scaled back.
-    np.testing.assert_allclose(one, two, rtol=4 * EPS)
+  again = peft.load(tmp_path / 'adapter', found.config, blank)
+  # B is scaled and scaled back.
+  jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=4 * EPS), again, params)
 
 
 @pytest.mark.parametrize('name', ['phi3', 'gpt2'])
 def test_what_is_stored_otherwise_is_refused_where_names_are_modules(checkpoint, tmp_path, name):
   found = checkpoint(name)
-  frozen, family = hf.load(found.directory, found.config, QALORA), f"model_type '{MODELS[name][0]}'"
+  family = f"model_type '{MODELS[name][0]}'"
   with pytest.raises(ValueError, match=f'{family}: .* PEFT adapts modules'):
     peft.write(tmp_path / 'adapter', found.config, born(found.config), base='')
-  job = job_lib.Job(found.config, frozen)
+  job = job_lib.Job(found.config, {})
   for room in (gguf, mlx, gptq_export):
     with pytest.raises(ValueError, match=family):
       room.check(job)
@@ -372,7 +384,7 @@ def hf_quantized(config, tmp_path, quantizer):
 def test_gptq_files_keep_biases(checkpoint, tmp_path):
   """Of a model that has them; elsewhere a bias is none of the model's."""
   found = checkpoint('qwen3')
-  scheme = linear.Scheme(quantizers=(('all', affine.Affine(8, 4, zero='integer')),))
+  scheme = linear.Scheme(quantizers=(('q_proj', affine.Affine(8, 4, zero='integer')),))
   job = job_lib.Job(found.config, hf.load(found.directory, found.config, scheme))
   gptq_export.check(job)
   gptq_export.write(tmp_path / 'out', job)
@@ -390,7 +402,7 @@ def test_the_published_gpt2_has_other_names_and_masks(checkpoint, tree, tmp_path
   old = {name.removeprefix('transformer.'): tensor for name, tensor in held.items()}
   for layer in range(3):
     old[f'h.{layer}.attn.bias'] = np.tri(64, dtype=np.float32)[None, None]
-    old[f'h.{layer}.attn.masked_bias'] = np.float32(-1e4)
+    old[f'h.{layer}.attn.masked_bias'] = np.array(-1e4, np.float32)
   safetensors_numpy.save_file(old, place / tensors.SINGLE)
   small_llama.same(hf.load(place, checkpoint('gpt2').config, DENSE), tree('gpt2'))
   safetensors_numpy.save_file(old | {'transformer.wpe.weight': held['transformer.wpe.weight']}, place / tensors.SINGLE)
@@ -450,7 +462,7 @@ REFUSED = [
   ('qwen2', dict(layer_types=['chunked_attention'] * 3), 'it has one of full_attention, sliding_attention for every'),
   ('qwen2', dict(use_sliding_window=False), 'sliding_window = 0, and layers of sliding_attention see at least 1'),
   ('qwen2', dict(use_mrope=True), 'use_mrope = True; only False'),
-  ('qwen3', dict(head_dim=0), 'no multiple|head_dim'),
+  ('qwen3', dict(head_dim=0), 'head_dim = 0; it is a count of at least 1'),
   ('gemma2', dict(use_bidirectional_attention=True), 'use_bidirectional_attention = True; only False'),
   ('gemma2', dict(hidden_act='relu'), "hidden_act = 'relu'; only 'gelu_pytorch_tanh'"),
   ('gemma2', dict(head_dim=...), 'has no "head_dim"'),

@@ -14,6 +14,9 @@ SIZES = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 
 # Absent or null, these mean the default of decoder.Config, which is LLaMA's in transformers.
 _OPTIONAL = ('max_position_embeddings', 'rms_norm_eps', 'tie_word_embeddings', 'head_dim')
 
+# Counts among what may be absent.
+_COUNTS = ('num_key_value_heads', 'max_position_embeddings', 'head_dim')
+
 _OUTER = {
   'embedding': 'model.embed_tokens.weight',
   'norm/scale': 'model.norm.weight',
@@ -34,7 +37,8 @@ def shape(raw: Mapping, *, required: Iterable[str] = (), activation: str = 'hidd
   `required`: counts that it has to state beside SIZES.  `activation`: the key of the activation's name.  `defaults`:
   what keys mean that are absent or null, where that is not what LLaMA's mean.
   """
-  family.check_counts(raw, (*SIZES, *required))
+  also = [key for key in _COUNTS if raw.get(key) is not None]
+  family.check_counts(raw, (*SIZES, *required, *also))
   # Before LLaMA 2 the file did not say it: every head had its own keys and values.
   heads = raw.get('num_key_value_heads') or raw['num_attention_heads']
   said = defaults | family.stated(raw, (*SIZES, *_OPTIONAL, activation))
