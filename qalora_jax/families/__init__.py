@@ -5,12 +5,13 @@ computes it in `models`.  Everything else asks `find` and `of`.
 """
 
 from qalora_jax.families import llama
+from qalora_jax.families import t5
 from qalora_jax.families.family import Family
 from qalora_jax.families.family import View
 
 __all__ = ['FAMILIES', 'Family', 'View', 'find', 'of']
 
-FAMILIES = {family.model_type: family for family in (llama.LLAMA,)}
+FAMILIES = {family.model_type: family for family in (llama.LLAMA, t5.T5)}
 
 
 def find(model_type) -> Family:
