@@ -314,6 +314,11 @@ def get_config():
       min_p=0.0,
       # Positive logits of tokens that the text holds are divided by it, negative ones multiplied; 1: none.
       repetition_penalty=1.0,
+      # Beginnings of a text that are followed side by side, of which the best is kept (beam search); 1: none but one.
+      # Needs temperature = 0 and repetition_penalty = 1.
+      beams=1,
+      # Texts of beam search are compared by sum log p / length^length_penalty: above 0 favours longer ones.
+      length_penalty=1.0,
       # The text ends before this string; several as a JSON list, which begins with [": '["\\n\\n", "Question:"]'.
       # Empty: at EOS alone.
       stop='',

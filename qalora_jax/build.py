@@ -451,6 +451,8 @@ def write(
       min_p=settings.min_p,
       penalty=settings.repetition_penalty,
     ),
+    beams=settings.beams,
+    penalty=settings.length_penalty,
     stops=limits.stops(settings.stop),
     first=first,
     show=show,

@@ -126,6 +126,8 @@ RANGES = {
   'generate.top_p': ('above 0 and at most 1', lambda x: 0 < x <= 1),
   'generate.min_p': _FRACTION,
   'generate.repetition_penalty': _ABOVE_ZERO,
+  'generate.beams': _POSITIVE,
+  'generate.length_penalty': ('a finite number', math.isfinite),
   'generate.batch': _POSITIVE,
   **{f'{name}.{key}': _NATURAL for name in _DATASETS for key in ('sample', 'sample_seed', 'per_task')},
 }
@@ -257,6 +259,12 @@ def _bad_combinations(values, outside):
   if len(rest) > 1:
     wrong.append(f'{" and ".join(rest)} are all -1: only one axis can take the devices that are left')
   kind, method = values['adapter.kind'], values['base.method']
+  drawn = {'generate.temperature': 0.0, 'generate.repetition_penalty': 1.0}
+  if values['generate.beams'] > 1 and any(values[key] != plain for key, plain in drawn.items()):
+    wrong.append(
+      f'generate.beams = {values["generate.beams"]} looks for the likeliest text: set generate.temperature = 0 and '
+      'generate.repetition_penalty = 1, or generate.beams = 1'
+    )
   if values['adapter.source'] and values['model.source'] == 'scratch':
     wrong.append("adapter.source is an adapter of a trained model: name that as model.source, which is 'scratch'")
   if values['adapter.source'] and (kind not in ('lora', 'qalora') or values['adapter.init'] != 'zero'):

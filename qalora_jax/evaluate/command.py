@@ -25,7 +25,7 @@ from qalora_jax.evaluate import generation
 from qalora_jax.evaluate import loglikelihood
 from qalora_jax.evaluate import perplexity
 from qalora_jax.evaluate import tasks
-from qalora_jax.generate import decode
+from qalora_jax.generate import cache
 from qalora_jax.models import layers
 from qalora_jax.models import linear
 
@@ -336,7 +336,7 @@ def _continued(loaded: build.Loaded, config) -> tuple[dict[str, list[int]], list
   prompts = {prompt: examples.encode_prompt(prompt, loaded.tokenizer, config.data.max_prompt) for prompt in grouped}
   for prompt, tokens in prompts.items():
     try:
-      decode.check(loaded.model, tokens)
+      cache.check(loaded.model, tokens)
     except ValueError as error:
       raise ValueError(f'{source.path}: {prompt!r:.80}: {error}') from error
   return prompts, list(grouped.values())

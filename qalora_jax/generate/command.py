@@ -15,8 +15,8 @@ from qalora_jax import hosts
 from qalora_jax import progress
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import records
+from qalora_jax.generate import cache
 from qalora_jax.generate import chat
-from qalora_jax.generate import decode
 
 SUMMARY = (
   'Continues --prompt with the model: --model, else the run in --workdir, else config.model.source.\n'
@@ -80,7 +80,7 @@ def _many(model: adapted.Adapted, config, asked: list[dict], usual: str, output:
   prompts = [_tokens(loaded.tokenizer, record['prompt']) for record in asked]
   for number, prompt in enumerate(prompts, start=1):
     try:
-      decode.check(loaded.model, prompt)
+      cache.check(loaded.model, prompt)
     except ValueError as error:
       raise ValueError(f'record {number} of --prompts: {error}') from error
   partial = output.with_name(f'.{output.name}.unfinished') if output else None

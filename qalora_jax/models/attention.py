@@ -150,7 +150,7 @@ def attend_to_past(
     return _capped(s, cap)
 
   past_1S, start_B111 = jnp.arange(S)[None], positions_BT[:, 0, None, None, None]
-  seen_B1TS = sees(positions_BT[:, :, None], past_1S[:, None])[:, None] & (past_1S < start_B111)
+  seen_B1TS = sees(positions_BT[:, :, None], past_1S[:, None])[:, None] & (past_1S[:, None, None] < start_B111)
   mask_B1TT = visible(jnp.arange(T), jnp.arange(T), segments_BT, segments_BT, sees)
   masked = [
     jnp.where(seen_B1TS[:, :, None], scores(past_k_BKSC, past_1S), -jnp.inf),
