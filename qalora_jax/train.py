@@ -106,7 +106,13 @@ def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemptio
   state = program.begin(drawn.pop('params'))
   _describe(state.params, frozen)
   score = functools.partial(
-    perplexity.score, built.model, examples=validation, window=config.data.window, batch=config.train.batch, mesh=mesh
+    perplexity.mean_loss,
+    built.model,
+    objective=program.objective,
+    examples=validation,
+    window=config.data.window,
+    batch=config.train.batch,
+    mesh=mesh,
   )
   with (
     contextlib.ExitStack() as patience,
@@ -185,12 +191,12 @@ def _loop(config, state, frozen, data, *, program, score, manager, log, watch) -
           loss=metrics['loss'],
           grad_norm=metrics['grad_norm'],
           learning_rate=program.rate(done - 1),
-          tokens=metrics['tokens'],
+          **{program.objective.unit: metrics[program.objective.unit]},
           tokens_per_second=speed,
         )
       bar.advance(text=f'loss {float(metrics["loss"]):.4f}  {speed:,.0f} tokens/s')
       if validates:
-        log.write(done, validation_loss=score({'params': state.params, 'frozen': frozen})['nats_per_token'])
+        log.write(done, validation_loss=score({'params': state.params, 'frozen': frozen}))
         since = time.monotonic()
       if keeps:
         checkpoint.save(manager, state, data)

@@ -1,8 +1,9 @@
 """Examples as rectangular batches, packed or padded, endless for training and in order for scoring.
 
-A batch is a dict of int32 arrays [B, T]: `tokens`, `loss_mask`, `segments` (0 is padding, 1.. count the documents of
-a row) and `positions`, which restart at 0 in each document.  A model that attends only within a segment and takes its
-positions from `positions` computes for a packed document what it computes for that document alone.
+A batch is a dict of arrays [B, T]: those of its examples (`tokens`, `loss_mask`, and what else they have), `segments`
+(0 is padding, 1.. count the documents of a row) and `positions`, which restart at 0 in each document.  A model that
+attends only within a segment and takes its positions from `positions` computes for a packed document what it computes
+for that document alone.
 """
 
 import collections.abc
@@ -41,7 +42,7 @@ def training(
   )
   if packing:
     rows = grain.experimental.FirstFitPackIterDataset(
-      rows, length_struct={'tokens': window, 'loss_mask': window}, num_packing_bins=batch, seed=seed
+      rows, length_struct=dict.fromkeys(examples[0], window), num_packing_bins=batch, seed=seed
     ).map(_rename)
   else:
     rows = rows.map(lambda example: _pad(example, window))
@@ -63,7 +64,7 @@ def scoring(examples: list[examples_lib.Example], *, window: int, batch: int) ->
 
 
 def _scoring_batch(examples: list[examples_lib.Example], start: int, batch: int, width: int) -> Batch:
-  nothing = {name: np.zeros(0, np.int32) for name in ('tokens', 'loss_mask')}
+  nothing = {name: column[:0] for name, column in examples[0].items()}
   chosen = examples[start : start + batch]
   padded = [_pad(example, width) for example in chosen + [nothing] * (batch - len(chosen))]
   stacked = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
@@ -86,7 +87,7 @@ def _check(examples: list[examples_lib.Example], window: int, batch: int) -> Non
 def _pad(example: examples_lib.Example, width: int) -> Batch:
   length = len(example['tokens'])
   real = np.arange(width, dtype=np.int32) < length
-  fields = {name: np.pad(example[name], (0, width - length)) for name in ('tokens', 'loss_mask')}
+  fields = {name: np.pad(column, (0, width - length)) for name, column in example.items()}
   return fields | {
     'segments': real.astype(np.int32),
     'positions': np.where(real, np.arange(width, dtype=np.int32), 0).astype(np.int32),
@@ -94,9 +95,6 @@ def _pad(example: examples_lib.Example, width: int) -> Batch:
 
 
 def _rename(row: Batch) -> Batch:
-  return {
-    'tokens': row['tokens'],
-    'loss_mask': row['loss_mask'],
-    'segments': row['tokens_segment_ids'],
-    'positions': row['tokens_positions'],
-  }
+  """grain adds NAME_segment_ids and NAME_positions to every array; an example's are of one length."""
+  fields = {name: column for name, column in row.items() if not name.endswith(('_segment_ids', '_positions'))}
+  return fields | {'segments': row['tokens_segment_ids'], 'positions': row['tokens_positions']}

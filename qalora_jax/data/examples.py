@@ -5,8 +5,9 @@ import numpy as np
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import records
 
-# tokens [n] and loss_mask [n], int32.  loss_mask is 1 where the token, as a target, carries loss: the model
-# reads the tokens before it and is asked for it.  The first token is never a target.
+# Arrays [n], the same ones in all examples of a set: tokens and loss_mask, int32, and what else an objective wants
+# (`objectives.Objective.arrays`).  loss_mask is 1 where the token, as a target, carries loss: the model reads the
+# tokens before it and is asked for it.  The first token is never a target.
 Example = dict[str, np.ndarray]
 
 

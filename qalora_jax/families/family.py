@@ -6,6 +6,8 @@ import dataclasses
 
 from flax import linen as nn
 
+from qalora_jax import objectives
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -32,6 +34,7 @@ class Family:
   names(config): {path in the tree: name of the tensor}, {} standing for the layer of a stacked one.
   views(config): {name: View} of the tensors that files hold otherwise than under their name.
   ignored(config, name): whether a tensor of a file says nothing.
+  objective(config): what training it makes small.
   """
 
   model_type: str
@@ -42,6 +45,7 @@ class Family:
   names: Callable[..., Mapping[str, str]]
   views: Callable[..., Mapping[str, View]] = lambda config: {}
   ignored: Callable[..., bool] = lambda config, name: False
+  objective: Callable[..., objectives.Objective] = lambda config: objectives.TOKENS
 
 
 def check_counts(raw: Mapping, keys) -> None:
