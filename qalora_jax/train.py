@@ -74,7 +74,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
 def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemption.Watch, hold) -> step_lib.State:
   """`train`; `hold()` takes the workdir, and is called when all is checked and nothing written yet."""
   if config.adapter.kind == 'none':
-    raise ValueError('adapter.kind = "none" trains nothing; use "qalora", "lora" or "full".')
+    raise ValueError('adapter.kind = "none" trains nothing; use "qalora", "lora", "head" or "full".')
   config = build.adopted(config, workdir)
   built = build.setup(config)
   mesh = build.make_mesh(config)
