@@ -70,6 +70,9 @@ def get_config():
       source='',
       # Branch, tag or commit of a hub id.
       revision='main',
+      # Outputs of a BERT's classifier: classes, or 1 for a number.  It always trains; where the source has none of that
+      # size, it is drawn.  0: as the source has it, if it does.
+      labels=0,
       # Directory of tokenizer.model or tokenizer.json.  Empty: the source's own.
       tokenizer='',
       # Arithmetic of the forward and backward passes: 'float32' or 'bfloat16'.
@@ -157,7 +160,8 @@ def get_config():
   # What is trained.
   config.adapter = ml_collections.ConfigDict(
     dict(
-      # 'qalora', 'lora', 'full' (every weight; needs a dense base) or 'none' (nothing: evaluation and export only).
+      # 'qalora', 'lora', 'head' (the classifier of model.labels alone; it trains beside an adapter too), 'full' (every
+      # weight; needs a dense base) or 'none' (nothing: evaluation and export only).
       kind='qalora',
       # Inner dimension of the low-rank update.
       rank=64,

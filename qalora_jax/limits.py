@@ -52,7 +52,7 @@ CHOICES = {
   'base.scale_dtype': ('float32', 'float16'),
   'base.scales': ('learned', 'minmax'),
   'adapter.init': ('zero', 'pissa', 'loftq', 'calibrated'),
-  'adapter.kind': ('qalora', 'lora', 'full', 'none'),
+  'adapter.kind': ('qalora', 'lora', 'head', 'full', 'none'),
   'adapter.pool': ('sum', 'mean'),
   'evaluate.split': ('', 'train', 'dev', 'validation', 'test'),
   'evaluate.overflow': ('error', 'cut'),
@@ -73,6 +73,7 @@ _SIZE_OR_REST = ('-1 or at least 1', lambda x: x == -1 or x >= 1)
 RANGES = {
   # NumPy and JAX both take it as 32 bits without a sign.
   'seed': ('from 0 to 4294967295', lambda x: 0 <= x < 2**32),
+  'model.labels': _NATURAL,
   'model.architecture.vocab_size': _NATURAL,
   'model.architecture.hidden_size': _POSITIVE,
   'model.architecture.intermediate_size': _POSITIVE,

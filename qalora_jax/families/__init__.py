@@ -4,14 +4,16 @@ A family is a room: a module here that reads and writes its config and names its
 computes it in `models`.  Everything else asks `find` and `of`.
 """
 
+from qalora_jax.families import bert
 from qalora_jax.families import llama
 from qalora_jax.families import t5
 from qalora_jax.families.family import Family
+from qalora_jax.families.family import Headed
 from qalora_jax.families.family import View
 
-__all__ = ['FAMILIES', 'Family', 'View', 'find', 'of']
+__all__ = ['FAMILIES', 'Family', 'Headed', 'View', 'find', 'of']
 
-FAMILIES = {family.model_type: family for family in (llama.LLAMA, t5.T5)}
+FAMILIES = {family.model_type: family for family in (llama.LLAMA, bert.BERT, t5.T5)}
 
 
 def find(model_type) -> Family:

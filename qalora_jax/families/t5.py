@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from qalora_jax import objectives
 from qalora_jax.families import family
 from qalora_jax.models import linear
 from qalora_jax.models import t5
@@ -118,4 +119,5 @@ T5 = family.Family(
   write=write,
   names=names,
   ignored=ignored,
+  objective=lambda config: objectives.ANSWERS,
 )
