@@ -83,7 +83,8 @@ def get_config():
       # 'offload' (keep block inputs in the host's memory, where they go and come back while the device computes).
       remat='none',
       # Read when source = 'scratch', and by `qalora plan` where source is no directory here; the names are those of
-      # Hugging Face's config.json.
+      # Hugging Face's config.json, here a LLaMA's.  A recipe may put another ConfigDict in its place that has a
+      # model_type ('mistral', 'qwen2', 'gpt2', ...) and any of the keys that this family's config.json has.
       architecture=dict(
         vocab_size=512,  # the tokenizer's, when 0
         hidden_size=128,

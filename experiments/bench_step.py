@@ -52,9 +52,9 @@ from qalora_jax import quant
 from qalora_jax import step as step_lib
 from qalora_jax import topologies
 from qalora_jax.kernels import product as product_lib
+from qalora_jax.models import decoder
 from qalora_jax.models import layers
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 from qalora_jax.quant import float4
 
@@ -93,10 +93,10 @@ def schemes(rank: int, dtype) -> dict[str, linear.Scheme]:
   return found
 
 
-def config(size: Size, dtype, remat: str) -> llama.ModelConfig:
+def config(size: Size, dtype, remat: str) -> decoder.Config:
   """LLaMA-7B's layers, scaled to a width: the mlp to whole blocks of NF4, 64 inputs."""
   mlp, heads = round(MLP * size.width / WIDTH / 64) * 64, size.width // HEAD
-  return llama.ModelConfig(
+  return decoder.Config(
     VOCABULARY,
     size.width,
     mlp,
@@ -109,7 +109,7 @@ def config(size: Size, dtype, remat: str) -> llama.ModelConfig:
   )
 
 
-def flops(config: llama.ModelConfig, rows: int, window: int) -> int:
+def flops(config: decoder.Config, rows: int, window: int) -> int:
   """Of one step, as the module counts them."""
   layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
   weights = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
@@ -131,12 +131,12 @@ def optimizer():
   return optim.adamw(rate, clip=0.3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
 
 
-def born(model: llama.Llama) -> dict:
+def born(model: decoder.Decoder) -> dict:
   """Random variables, {'params': ..., 'frozen': ...}."""
   return nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
 
 
-def step(model: llama.Llama):
+def step(model: decoder.Decoder):
   """(state, frozen, batch) -> (state, metrics), to be compiled with the state donated."""
   return functools.partial(step_lib.train_step, model, optimizer(), 0, 1)
 
@@ -158,7 +158,7 @@ def held(compiled, frozen, params) -> dict:
   }
 
 
-def trainer(model: llama.Llama, frozen, params, tokens: dict):
+def trainer(model: decoder.Decoder, frozen, params, tokens: dict):
   """(a function that runs one step and waits for it, the row of `held`)."""
   state = step_lib.init_state(optimizer(), params)
   compiled = jax.jit(step(model), donate_argnums=0).lower(state, frozen, tokens).compile()
@@ -174,7 +174,7 @@ def trainer(model: llama.Llama, frozen, params, tokens: dict):
 
 def abstract_step(size: Size, dtype, remat: str, scheme: linear.Scheme, compile_):
   """The compiled step and the row of `held` of a model that is never made; compile_(function, *shapes) compiles."""
-  model = llama.Llama(config(size, dtype, remat), scheme)
+  model = decoder.Decoder(config(size, dtype, remat), scheme)
   variables = jax.eval_shape(functools.partial(born, model))
   params, frozen = variables['params'], variables['frozen']
   state = jax.eval_shape(functools.partial(step_lib.init_state, optimizer()), params)
@@ -196,7 +196,7 @@ def memory(size: Size, dtype, rank: int, compile_) -> Iterator[dict]:
       yield {'method': name, 'remat': remat, 'layers': MANY, **many, 'layer_MiB': grown, 'layer_KiB_a_token': per_token}
 
 
-def passes(model: llama.Llama) -> dict:
+def passes(model: decoder.Decoder) -> dict:
   """Jitted functions (params, frozen, batch) -> the summed loss, and -> it and its gradient in params."""
 
   def loss(params, frozen, tokens):
@@ -206,7 +206,7 @@ def passes(model: llama.Llama) -> dict:
   return {'forward': jax.jit(loss), 'gradient': jax.jit(jax.value_and_grad(loss))}
 
 
-def parts(model: llama.Llama, tokens: dict):
+def parts(model: decoder.Decoder, tokens: dict):
   """({part: a function that runs it once and waits}, the row of `held`) of a model with random weights."""
   variables = jax.jit(functools.partial(born, model))()
   frozen = variables['frozen']
@@ -224,7 +224,7 @@ def timed(size: Size, dtype, rank: int, remat: str, peak: float) -> Iterator[dic
   every = schemes(rank, dtype)
   rival = None
   for name in (QLORA, *(name for name in every if name != QLORA)):
-    own, row = parts(llama.Llama(made, every[name]), tokens)
+    own, row = parts(decoder.Decoder(made, every[name]), tokens)
     rival = rival or own
     seconds = {part: [] for part in own}
     ratios = []

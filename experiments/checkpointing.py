@@ -35,8 +35,8 @@ from experiments import bench_step
 from qalora_jax import checkpoint
 from qalora_jax import report
 from qalora_jax import step as step_lib
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 
 RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'checkpointing'
 ROWS, WINDOW, RANK, ALONE, EVERY = 2, 128, 64, 10, 250
@@ -49,9 +49,9 @@ class Position:
     return {'next': 0}
 
 
-def trainer(scheme: linear.Scheme, config: llama.ModelConfig):
+def trainer(scheme: linear.Scheme, config: decoder.Config):
   """(a function that runs a step, waits for it and returns the state, that state)."""
-  model = llama.Llama(config, scheme)
+  model = decoder.Decoder(config, scheme)
   variables = jax.jit(lambda: {'frozen': {}, **bench_step.born(model)})()
   tokens = bench_step.batch(ROWS, WINDOW, config.vocab_size)
   state = jax.jit(lambda params: step_lib.init_state(bench_step.optimizer(), params))(variables['params'])

@@ -29,22 +29,22 @@ from qalora_jax import report
 from qalora_jax import tokenizer
 from qalora_jax.export import command as export
 from qalora_jax.generate import decode
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 
 RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'decode'
-CONFIG = llama.ModelConfig(512, 512, 1408, 8, 8, 8, max_position_embeddings=4096, tie_word_embeddings=True)
+CONFIG = decoder.Config(512, 512, 1408, 8, 8, 8, max_position_embeddings=4096, tie_word_embeddings=True)
 CONTEXTS, TOKENS, BLOCK = (64, 512, 1984, 3904), 96, 16
 BITS = (32, 8, 4, 3, 2)
 
 
-def models() -> dict[int, tuple[llama.Llama, dict]]:
+def models() -> dict[int, tuple[decoder.Decoder, dict]]:
   """{bits: (model, variables)} of one set of random weights; 32 is dense."""
   made = {}
   for bits in BITS:
     quantizers = () if bits == 32 else (('all', affine.Affine(bits, 32)),)
-    model = llama.Llama(CONFIG, linear.Scheme(quantizers=quantizers))
+    model = decoder.Decoder(CONFIG, linear.Scheme(quantizers=quantizers))
     made[bits] = model, nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
   return made
 

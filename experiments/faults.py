@@ -84,7 +84,7 @@ def make(place: pathlib.Path, steps: int) -> pathlib.Path:
 
   from qalora_jax import hf
   from qalora_jax import tokenizer
-  from qalora_jax.models import llama
+  from qalora_jax.models import decoder
 
   rng = np.random.default_rng(0)
   words = ('the', 'cat', 'dog', 'bird', 'sat', 'ran', 'on', 'under', 'mat', 'roof', 'moon', 'sea', 'today', 'again')
@@ -92,8 +92,10 @@ def make(place: pathlib.Path, steps: int) -> pathlib.Path:
   (place / 'lines.txt').write_text('\n'.join(lines) + '\n')
   tokenizer.train_bpe(lines, 300, place / 'tokenizer')
   rows = tokenizer.load(place / 'tokenizer').vocab_size
-  config = llama.ModelConfig(rows, 32, 64, 2, 4, 2, max_position_embeddings=64, tie_word_embeddings=True)
-  shapes = nn.unbox(jax.eval_shape(llama.Llama(config).init, jax.random.key(0), np.zeros((1, 4), np.int32)))['frozen']
+  config = decoder.Config(rows, 32, 64, 2, 4, 2, max_position_embeddings=64, tie_word_embeddings=True)
+  shapes = nn.unbox(jax.eval_shape(decoder.Decoder(config).init, jax.random.key(0), np.zeros((1, 4), np.int32)))[
+    'frozen'
+  ]
   weights = jax.tree.map(lambda leaf: rng.normal(0.02, 0.2, leaf.shape).astype(np.float32), shapes)
   hf.write(place / 'model', config, weights, tokenizer_from=place / 'tokenizer', bos=0, eos=1)
   said = dict(model=str(place / 'model'), text=str(place / 'lines.txt'), steps=steps, every=EVERY)

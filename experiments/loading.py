@@ -51,8 +51,8 @@ from qalora_jax import report
 from qalora_jax import sharding
 from qalora_jax import stacks
 from qalora_jax import tensors
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -61,7 +61,7 @@ GROUP, HEAD, SHARD_BYTES, MIB = 32, 128, 2**29, 2**20
 WAYS, DEVICES = ('host', 'streamed'), (1, 8)
 
 
-def synthesize(directory: pathlib.Path, config: llama.ModelConfig) -> None:
+def synthesize(directory: pathlib.Path, config: decoder.Config) -> None:
   """Writes a checkpoint of `config` with normal weights in bfloat16; one shard stands in memory."""
   # Weights are pieces of one long noise, each from another place: as good for this, and made in no time.
   noise = np.random.default_rng(0).normal(0, 0.02, 2**24 + 1).astype(np.float32).astype(jnp.bfloat16)
@@ -83,7 +83,7 @@ def load(directory, bits: int, way: str) -> dict:
   config = hf.read_config(directory)
   scheme = linear.Scheme(quantizers=(('all', affine.Affine(bits, GROUP)),), frozen_dtype=jnp.bfloat16)
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  abstract = jax.eval_shape(llama.Llama(config, scheme).init, jax.random.key(0), tokens)['frozen']
+  abstract = jax.eval_shape(decoder.Decoder(config, scheme).init, jax.random.key(0), tokens)['frozen']
   at = sharding.place(abstract, sharding.make_mesh(data=1, fsdp=-1))
   if way == 'host':
     return jax.block_until_ready(jax.device_put(hf.load(directory, config, scheme), at))
@@ -155,7 +155,7 @@ def main(argv=None) -> None:
   parser.add_argument('--out', type=pathlib.Path, default=RESULTS)
   options = parser.parse_args(argv)
   mlp, heads = round(11008 * options.width / 4096 / GROUP) * GROUP, options.width // HEAD
-  config = llama.ModelConfig(options.vocabulary, options.width, mlp, options.layers, heads, heads)
+  config = decoder.Config(options.vocabulary, options.width, mlp, options.layers, heads, heads)
   shown = [f'--{name}={getattr(options, name)}' for name in ('layers', 'width', 'vocabulary', 'bits')]
   command = shlex.join(['python', '-m', 'experiments.loading', *shown])
   with tempfile.TemporaryDirectory() as temporary:

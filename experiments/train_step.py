@@ -23,8 +23,8 @@ from experiments import bench_step
 from qalora_jax import adapters
 from qalora_jax import hf
 from qalora_jax import report
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 from qalora_jax.quant import float4
 
@@ -41,7 +41,7 @@ SCHEMES = {
 def jax_step(directory, scheme: linear.Scheme):
   """(a function that runs one step and waits for it, a row of what the compiled step holds)."""
   config = hf.read_config(directory)
-  model = llama.Llama(config, scheme)
+  model = decoder.Decoder(config, scheme)
   frozen = jax.device_put(hf.load(directory, config, scheme))
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))['params']
   tokens = bench_step.batch(ROWS, WINDOW, config.vocab_size)

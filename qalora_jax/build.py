@@ -107,7 +107,7 @@ def setup(config: ml_collections.ConfigDict) -> Setup:
 def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
   """As `setup`, from config.model.architecture alone: nothing is downloaded or read (65B in seconds)."""
   said = config.model.architecture.to_dict()
-  if not said['vocab_size']:
+  if not said.get('vocab_size'):
     said['vocab_size'] = tokenizer_lib.load(config.model.tokenizer).vocab_size
   try:
     family = families.find(said.get('model_type', 'llama'))
@@ -124,6 +124,8 @@ def _setup(config, directory, model_config: layers.Config, forms: dict | None) -
   model = families.of(model_config).module(model_config, bases.scheme(config, directory, forms, headed))
   _check_targets(config, model, directory)
   _check_adapted(config, model)
+  _check_window(config, model)
+  _check_calibrated(config, model)
   return Setup(directory, model, layout.abstract(model_config, model.scheme), headed.drawn)
 
 
@@ -179,6 +181,30 @@ def _check_adapted(config, model: nn.Module) -> None:
       f'adapter.init = {chosen.init!r} makes good what quantization lost, and {dense[0]} is dense: keep '
       'adapter.targets within what base.targets and base.rules quantize, or set adapter.init = "pissa" or "zero".'
     )
+
+
+def _check_calibrated(config, model: nn.Module) -> None:
+  """ValueError where a base or adapters are to be made layer by layer of a model that is not one stack of layers."""
+  if list(model.config.depths) == [linear.STACK] or not bases.needs_quantize(config):
+    return
+  asked = {
+    'base.method = "gptq"': config.base.method == 'gptq' or 'gptq' in config.base.rules,
+    'base.refine = True': config.base.refine or 'refine' in config.base.rules,
+    f'base.budget = {config.base.budget}': bool(config.base.budget),
+    f'adapter.init = {config.adapter.init!r}': config.adapter.init != 'zero',
+  }
+  raise ValueError(
+    f'{" and ".join(key for key, wanted in asked.items() if wanted)}: made by going through one stack of layers, and a '
+    f'model of type {model.config.family!r} has {" and ".join(model.config.depths)}: set base.method = "affine", "nf4" '
+    'or "fp4" without refine, rules that need more, or a budget, and adapter.init = "zero".'
+  )
+
+
+def _check_window(config, model: nn.Module) -> None:
+  """ValueError where rows that train are longer than the table of a model that has learned its positions."""
+  window, places = config.data.window, model.config.max_position_embeddings
+  if config.adapter.kind != 'none' and getattr(model.config, 'learned_positions', False) and window > places:
+    raise ValueError(f'data.window = {window}, and the model has learned {places} positions: set data.window to that.')
 
 
 def tokenizer(config: ml_collections.ConfigDict, built: Setup) -> tokenizer_lib.Tokenizer:

@@ -26,6 +26,8 @@ from qalora_jax import report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILE = 'config.json'
+# What stands under it is held against configs/base.py only where it has no model_type; else a family reads it.
+_ARCHITECTURE = 'model.architecture.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +185,9 @@ def load(workdir):
   if not isinstance(tree, dict) or not tree.keys() & default().keys():
     raise ValueError(f'{path}: not written by `qalora train`; name a recipe with --config')
   # A key that has come since is as if it had been at its default, which changes nothing.
-  return _fit(_flat(default()) | _flat(tree), path)
+  given = _flat(tree)
+  known = {key: value for key, value in _flat(default()).items() if not (_is_own(given) and _of_architecture(key))}
+  return _fit(known | given, path)
 
 
 def differences(old, new):
@@ -253,6 +257,11 @@ def _fit(tree, source):
   """The values of `tree` in a locked copy of the defaults; ValueError names every key and type that does not fit."""
   config = default()
   expected, given = _flat(config), _flat(tree)
+  if _is_own(given):
+    own = {key.removeprefix(_ARCHITECTURE): given.pop(key) for key in [*filter(_of_architecture, given)]}
+    expected = {key: value for key, value in expected.items() if not _of_architecture(key)}
+    with config.unlocked():
+      config.model.architecture = ml_collections.ConfigDict(_nested(own))
   problems = [f'no key {key!r} in configs/base.py{_nearest(key, expected)}' for key in given if key not in expected]
   problems += [f'key {key!r} is missing' for key in expected if key not in given]
   for key in [key for key in expected if key in given]:
@@ -276,6 +285,27 @@ def _flat(tree):
     else:
       leaves[key] = value
   return leaves
+
+
+def _nested(flat):
+  """The tree of a flattened one."""
+  tree = {}
+  for key, value in flat.items():
+    *groups, last = key.split('.')
+    node = tree
+    for group in groups:
+      node = node.setdefault(group, {})
+    node[last] = value
+  return tree
+
+
+def _of_architecture(key):
+  return key.startswith(_ARCHITECTURE)
+
+
+def _is_own(flat):
+  """Whether a flattened config states the architecture in the words of a family of its own."""
+  return f'{_ARCHITECTURE}model_type' in flat
 
 
 def _groups(tree):

@@ -43,6 +43,7 @@ def describe(directory) -> dict[str, qtensor.Form]:
   """{weight: form} of the quantized matrices; ValueError for a checkpoint that is not packed as above."""
   stated, (found, problems) = _stated(directory), tensors.headers(directory)
   config = hf.read_config(directory, quantized=True)
+  check_family(config)
   forms, wanted, shapes = {}, {}, layout.matrix_shapes(config)
   for path, names in layout.names(config, layout.apart(config)).items():
     module, shape = layout.module(names[0]), shapes[layout.unstacked(path)]
@@ -59,6 +60,15 @@ def describe(directory) -> dict[str, qtensor.Form]:
   return forms
 
 
+def check_family(config: layers.Config) -> None:
+  """ValueError for a family whose files hold several projections in one tensor, or one the other way round."""
+  if families.of(config).views(config):
+    raise ValueError(
+      f"model_type {config.family!r} has files in which projections lie otherwise than here, and GPTQ's codes of such "
+      'are not known: use the dense checkpoint, and --format=qalora or hf to write one.'
+    )
+
+
 def load(
   directory,
   config: layers.Config,
@@ -69,10 +79,11 @@ def load(
 ) -> dict:
   """The tree of the collection 'frozen', at `place` (default: on the host); as `packed.load`.
 
-  Raises ValueError where the groups of an act-order checkpoint are not contiguous, or a projection has a bias.
+  Raises ValueError where the groups of an act-order checkpoint are not contiguous, or a projection has a bias that the
+  model has not.
   """
   forms, shapes, found = describe(directory), layout.matrix_shapes(config), tensors.headers(directory)[0]
-  stated_version = version(directory)
+  stated_version, biased = version(directory), biases(config)
   read = lambda name: tensors.read(name, found[name])
   names = layout.names(config, scheme.starts(config))
   form = {path: forms.get(linear.weight_name(layout.module(path))) for path in names}
@@ -86,16 +97,30 @@ def load(
   def part(path, name):
     if form[path] is None:
       return read(name).T if layout.is_matrix(path) else read(name)
-    return matrix(directory, found, layout.module(name), form[path], stated_version)
+    module = layout.module(name)
+    return matrix(directory, found, module, form[path], stated_version, has_bias=f'{module}.bias' in biased)
 
   return layout.assemble(config, {path: blank(path) for path in names}, part, progress, place or stacks.OnHost())
 
 
-def matrix(directory, found: dict[str, tensors.Header], module: str, form: qtensor.Form, version: str):
+def biases(config: layers.Config) -> set[str]:
+  """The names of the biases that the model has."""
+  return {name for path, names in layout.names(config).items() if path.endswith('/bias') for name in names}
+
+
+def matrix(
+  directory,
+  found: dict[str, tensors.Header],
+  module: str,
+  form: qtensor.Form,
+  version: str,
+  *,
+  has_bias: bool = False,
+):
   """The QTensor of one module; ValueError as `load`.  `found`: the headers of the directory."""
   read = lambda field: tensors.read(f'{module}.{field}', found[f'{module}.{field}'])
   for field, group in (('g_idx', form.group), ('bias', None)):
-    if f'{module}.{field}' in found:
+    if f'{module}.{field}' in found and not (field == 'bias' and has_bias):
       _check_extra(directory, f'{module}.{field}', read(field), group)
   return _qtensor(*map(read, ('qweight', 'qzeros', 'scales')), form, version)
 
@@ -120,7 +145,7 @@ def _qtensor(qweight, qzeros, scales, form: qtensor.Form, version: str) -> qtens
 def _check_extra(directory, name: str, value: np.ndarray, group: int | None) -> None:
   if group is None:
     if np.any(value):
-      raise ValueError(f'{directory}: {name} is not zero; projections with a bias are not supported.')
+      raise ValueError(f'{directory}: {name} is not zero, and the model of its config.json has no such bias.')
   elif not np.array_equal(value, np.arange(len(value)) // group):
     raise ValueError(
       f'{directory}: {name} scatters the inputs of a group (act-order): offsets per group could not merge an adapter. '

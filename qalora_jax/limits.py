@@ -137,7 +137,8 @@ RANGES = {
 def problems(values):
   """One line for everything that is wrong with the flattened config `values`; empty when nothing is."""
   wrong = [_not_a_choice(key, values[key], words) for key, words in CHOICES.items() if values[key] not in words]
-  outside = [key for key, (_, holds) in RANGES.items() if not holds(values[key])]
+  # An architecture with a model_type has the keys of its family, which looks at them itself.
+  outside = [key for key, (_, holds) in RANGES.items() if key in values and not holds(values[key])]
   wrong += [f'{key} = {values[key]!r}: must be {RANGES[key][0]}' for key in outside]
   return (
     wrong + _bad_stops(values) + _bad_targets(values) + _bad_rules(values) + _bad_combinations(values, set(outside))

@@ -16,6 +16,7 @@ import re
 import jax
 import numpy as np
 
+from qalora_jax import families
 from qalora_jax import layout
 from qalora_jax import tensors
 from qalora_jax.adapters import lora
@@ -53,6 +54,7 @@ def write(directory, config: layers.Config, params: dict, *, base: str, conventi
   Raises ValueError for params without adapters, and for QA-LoRA on groups of several sizes under PEFT's convention,
   which has one size for all.
   """
+  _check_family(config)
   found = list(_adapters(config, params))
   if not found:
     raise ValueError('there is no adapter to write: the run trained every weight, or none; use --format=hf.')
@@ -72,7 +74,7 @@ def write(directory, config: layers.Config, params: dict, *, base: str, conventi
   stated = {
     'base_model_name_or_path': base,
     'peft_type': 'LORA',
-    'task_type': 'CAUSAL_LM',
+    'task_type': families.of(config).task_type,
     'r': rank,
     'lora_alpha': alpha,
     'lora_dropout': first.dropout,
@@ -100,6 +102,7 @@ def describe(directory, config: layers.Config) -> dict:
 
   Raises FileNotFoundError where it is incomplete, ValueError naming what this package cannot express.
   """
+  _check_family(config)
   stated, shapes, sizes = _stated(directory), _shapes(directory), _sizes(config)
   kind, pools = 'lora', {}
   for module, (rank, inputs) in shapes.items():
@@ -156,6 +159,16 @@ def load(directory, config: layers.Config, blank: dict) -> dict:
   return jax.tree.map_with_path(stacked, blank)
 
 
+def _check_family(config: layers.Config) -> None:
+  """ValueError for a family some of whose projections are no modules of their own where PEFT looks for them."""
+  if fused := families.of(config).views(config):
+    name = layout.module(next(iter(fused)).format(0))
+    raise ValueError(
+      f'model_type {config.family!r}: {name} is no module in transformers, which holds several projections in one or '
+      'turns them round, and PEFT adapts modules; keep the adapter in its workdir, or merge it by `qalora export`.'
+    )
+
+
 def _factor(node: qalora.QALoRA, inputs: int, convention: str) -> float:
   """What this package's B is multiplied by in a convention."""
   groups = node.a.shape[-2]
@@ -180,9 +193,10 @@ def _at(leaf, at: int):
 
 
 def _targets(config: layers.Config, modules: list[str]) -> list[str]:
-  """target_modules: the last names where every layer has the same, else every module in full."""
+  """target_modules: the last names where all that bear them are adapted, else every module in full."""
   last = sorted({module.rpartition('.')[2] for module in modules})
-  return last if len(modules) == len(last) * sum(config.depths.values()) else sorted(modules)
+  bearing = [module for module in _sizes(config) if module.rpartition('.')[2] in last]
+  return last if len(modules) == len(bearing) else sorted(modules)
 
 
 def _pattern(config: layers.Config, modules) -> str:
@@ -190,7 +204,8 @@ def _pattern(config: layers.Config, modules) -> str:
   named = {name: weight for weight, name in layout.weights(config).items()}
   chosen = [named[module] for module in modules]
   last = sorted({weight.rpartition('/')[2] for weight in chosen})
-  if len(chosen) == len(last) * sum(config.depths.values()):
+  bearing = [weight for weight in named.values() if linear.selects(f'/({"|".join(last)})$', weight)]
+  if len(chosen) == len(bearing):
     return f'/({"|".join(last)})$'
   return f'^({"|".join(sorted(chosen))})$'
 

@@ -14,7 +14,7 @@ import pytest
 from experiments import bench_qmatmul
 from experiments import bench_step
 from qalora_jax import quant
-from qalora_jax.models import llama
+from qalora_jax.models import decoder
 
 TINY = dataclasses.replace(
   bench_qmatmul.SCALES['cpu'], cache=2**14, products=2, copied=2**16, peak=32, rounds=2, groups=(32,), seconds=1e-3
@@ -229,7 +229,7 @@ def test_each_method_is_stored_when_it_is_measured(tmp_path, monkeypatch):
 def test_weights_are_arguments_of_what_is_timed():
   """As constants they would be folded into the program, and dequantized while it is compiled."""
   size = bench_step.Size(1, 128, 1, 8, 1)
-  model = bench_step.llama.Llama(
+  model = bench_step.decoder.Decoder(
     bench_step.config(size, jnp.float32, 'none'), bench_step.schemes(2, jnp.float32)[bench_step.QALORA[4]]
   )
   variables = jax.eval_shape(lambda: bench_step.born(model))
@@ -241,9 +241,9 @@ def test_weights_are_arguments_of_what_is_timed():
 
 
 def test_flops_are_those_of_the_matrices_and_of_attention():
-  config = llama.ModelConfig(256, 128, 320, 3, 1, 1)
+  config = decoder.Config(256, 128, 320, 3, 1, 1)
   matrices = 3 * (4 * 128 * 128 + 3 * 128 * 320) + 256 * 128
   assert bench_step.flops(config, rows=2, window=8) == 16 * (4 * matrices + 3 * 12 * 8 * 128)
   assert bench_step.config(dataclasses.replace(bench_step.SIZES['gpu'], layers=2), jnp.bfloat16, 'none') == (
-    llama.ModelConfig(256, 4096, 11008, 2, 32, 32, max_position_embeddings=512, dtype=jnp.bfloat16)
+    decoder.Config(256, 4096, 11008, 2, 32, 32, max_position_embeddings=512, dtype=jnp.bfloat16)
   )

@@ -13,8 +13,8 @@ from qalora_jax import adapters
 from qalora_jax import calibrate
 from qalora_jax import hf
 from qalora_jax import sharding
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.models import rotary
 from qalora_jax.quant import affine
 from qalora_jax.quant import errors
@@ -24,6 +24,7 @@ from qalora_jax.quant import method
 from qalora_jax.quant import qtensor
 
 CONFIG = small_llama.PLAIN
+MATRICES = linear.matrices(CONFIG.sequence[linear.STACK])
 ROUND = method.Method(affine.Affine(3, 8))
 GPTQ = method.Method(affine.Affine(3, 8), gptq.GPTQ(damping=0.05))
 SAMPLES = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (6, 32)).astype(np.int32)
@@ -116,11 +117,11 @@ def test_every_matrix_sees_the_inputs_that_the_quantized_ones_before_it_make(run
   reported = {row['weight']: row['output_error'] for row in result.rows}
   assert len(reported) == 7 * 3
   for layer in range(3):
-    for at, matrix in enumerate(llama.MATRICES):
+    for at, matrix in enumerate(MATRICES):
       # What stands in the model when this matrix is looked at.
       now = jax.tree.map(np.array, original)
       for other_layer in range(layer + 1):
-        for other_at, other in enumerate(llama.MATRICES):
+        for other_at, other in enumerate(MATRICES):
           if other_layer < layer or (true_sequential and other_at < at):
             part, name = other.split('/')
             now['layers'][part][name]['kernel'][other_layer] = quantized['layers'][part][name]['kernel'][other_layer]
@@ -196,7 +197,7 @@ def test_neighbours_that_agree_share_a_stack(run, tmp_path):
   assert not isinstance(rest['attention']['o_proj']['kernel'], qtensor.QTensor)
   one = dense(frozen)
   one['layers'] = jax.tree.map(lambda a, b: np.concatenate([a, b]), one.pop('layers_0'), one.pop('layers_1'))
-  logits = jax.jit(llama.Llama(CONFIG).apply)
+  logits = jax.jit(decoder.Decoder(CONFIG).apply)
   tokens = jnp.asarray(SAMPLES[:2])
   want = logits({'frozen': one}, tokens)
   got = logits({'frozen': frozen}, tokens)
@@ -218,7 +219,7 @@ def test_a_budget_is_kept_and_spent_where_it_helps(run, tmp_path, budget):
     """The summed relative output error on the dense model's inputs, as it was minimised, and the bits per weight."""
     total, used = 0.0, []
     for layer in range(3):
-      for matrix in llama.MATRICES:
+      for matrix in MATRICES:
         part, name = matrix.split('/')
         w, x = source['layers'][part][name]['kernel'][layer], inputs[layer][matrix].astype(np.float32)
         used.append(made[bits_of(f'layers/{layer}/{matrix}')](w))

@@ -7,15 +7,19 @@ import jax
 import pytest
 
 from configs import llama
+from configs import relatives
 from qalora_jax import adapters
 from qalora_jax import build
 from qalora_jax import config as config_lib
+from qalora_jax import families
 from qalora_jax import optim
 from qalora_jax import quant
 from qalora_jax import step
+from qalora_jax.models import decoder
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 RECIPES = sorted(path for path in FOLDER.glob('*.py') if 'def get_config(' in path.read_text())
+RELATIVES = [path for path in RECIPES if path.stem.partition('_')[2] in relatives.MODELS]
 PAPER = [path for path in RECIPES if path.stem.partition('_')[2] in llama.MODELS]
 
 
@@ -63,6 +67,12 @@ def test_settings_of_the_paper(path):
     assert config.train.accumulation == 16
 
 
+def test_relatives_have_their_recipes():
+  assert {path.stem for path in RELATIVES} == {f'qalora_{model}' for model in relatives.MODELS}
+  stated = {config_lib.recipe(path).model.architecture.model_type for path in RELATIVES}
+  assert stated == {name for name in families.FAMILIES if families.FAMILIES[name].module is decoder.Decoder}
+
+
 TABLE_2 = pytest.mark.parametrize(
   'model, qalora, lora',
   [
@@ -92,7 +102,7 @@ def test_recipes_build_the_parameters_of_table_2(model, qalora, lora):
     assert adapters.count(shapes['params']) == expected
 
 
-@pytest.mark.parametrize('path', [*PAPER, FOLDER / 'quickstart.py'], ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', [*PAPER, *RELATIVES, FOLDER / 'quickstart.py'], ids=lambda path: path.stem)
 def test_a_recipe_with_an_architecture_builds_an_abstract_state(path):
   """The names and sizes of every weight, moments included, without one of them being made."""
   config = config_lib.recipe(path)
@@ -121,3 +131,40 @@ def test_full_recipes_train_every_weight_of_the_published_models(model, weights)
   shapes = build.abstract_setup(config_lib.recipe(FOLDER / f'full_{model}.py')).shapes
   assert adapters.count(shapes['params']) == weights
   assert not shapes['frozen']
+
+
+@pytest.mark.parametrize(
+  'model, weights',
+  [
+    ('llama3_1_8b', 8_030_261_248),
+    ('mistral_7b', 7_241_732_096),
+    ('qwen2_5_7b', 7_615_616_512),
+    ('qwen3_8b', 8_190_735_360),
+    ('gemma2_9b', 9_241_705_984),
+    # 4,300,079,472 with the vision tower (416,866,032) and the projection of what it sees (2,950,272).
+    ('gemma3_4b', 3_880_263_168),
+    ('phi3_mini', 3_821_079_552),
+    ('gpt2', 124_439_808),
+  ],
+)
+def test_relatives_have_the_weights_of_the_published_models(model, weights):
+  config = config_lib.recipe(FOLDER / f'qalora_{model}.py')
+  every = config_lib.override(config, {'adapter.kind': 'full', 'base.method': 'stored', 'model.source': 'scratch'})
+  assert adapters.count(build.abstract_setup(every).shapes['params']) == weights
+
+
+def test_an_architecture_of_a_family_is_kept_whole(tmp_path):
+  config = config_lib.recipe(FOLDER / 'qalora_gemma3_4b.py')
+  changed = config_lib.parse(
+    'plan',
+    [f'--config={FOLDER / "qalora_gemma3_4b.py"}', '--config.model.architecture.num_hidden_layers=7'],
+    summary='',
+  ).config
+  assert changed.model.architecture.num_hidden_layers == 7
+  assert changed.model.architecture.rope_scaling == config.model.architecture.rope_scaling
+  assert config_lib.differences(config, changed) == ['model.architecture.num_hidden_layers: 34 -> 7']
+  config_lib.save(changed, tmp_path)
+  assert config_lib.load(tmp_path) == changed
+  shallow = config_lib.override(changed, {'model.architecture.num_hidden_layers': 'seven'})
+  with pytest.raises(ValueError, match="model.architecture: num_hidden_layers = 'seven'"):
+    build.abstract_setup(shallow)

@@ -74,12 +74,12 @@ def source(tmp_path_factory, text) -> pathlib.Path:
 
   from qalora_jax import hf
   from qalora_jax import tokenizer
-  from qalora_jax.models import llama
+  from qalora_jax.models import decoder
 
   directory = tmp_path_factory.mktemp('source')
   tokenizer.train_bpe(text.read_text(encoding='utf-8').splitlines(), 300, directory / 'tokenizer')
   vocab_size = tokenizer.load(directory / 'tokenizer').vocab_size
-  config = llama.ModelConfig(vocab_size, 32, 64, 2, 4, 2, max_position_embeddings=64, tie_word_embeddings=True)
+  config = decoder.Config(vocab_size, 32, 64, 2, 4, 2, max_position_embeddings=64, tie_word_embeddings=True)
   hf.write(directory / 'model', config, small_llama.draw(config), tokenizer_from=directory / 'tokenizer', bos=0, eos=1)
   return directory / 'model'
 

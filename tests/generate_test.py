@@ -22,8 +22,8 @@ from qalora_jax.generate import decode
 from qalora_jax.generate import sampling
 from qalora_jax.generate import text as text_lib
 from qalora_jax.models import attention
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 
 WINDOW, EOS = 16, 257
 LOGITS = jnp.array([0.5, 2.0, -1.0, 1.5, 0.0])
@@ -179,7 +179,7 @@ def test_the_cache_is_written_in_place(models):
   config, rows, size = models['dense'][0].config, 4, 16384
 
   def compiled(layers):
-    model = llama.Llama(dataclasses.replace(config, num_hidden_layers=layers))
+    model = decoder.Decoder(dataclasses.replace(config, num_hidden_layers=layers))
     made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     leaf = jax.ShapeDtypeStruct((layers, rows, config.num_key_value_heads, size, config.head_dim), jnp.float32)
     count = jax.ShapeDtypeStruct((rows,), jnp.int32)

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from experiments import loading
-from qalora_jax.models import llama
+from qalora_jax.models import decoder
 
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
   """111 MiB, of which no tensor is more than 3."""
   directory = tmp_path_factory.mktemp('loading') / 'model'
-  loading.synthesize(directory, llama.ModelConfig(1024, 768, 2048, 8, 6, 6))
+  loading.synthesize(directory, decoder.Config(1024, 768, 2048, 8, 6, 6))
   return directory
 
 

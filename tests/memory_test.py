@@ -24,8 +24,8 @@ from qalora_jax import step as step_lib
 from qalora_jax import topologies
 from qalora_jax.kernels import exact
 from qalora_jax.models import attention
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.models import pieces
 from qalora_jax.quant import affine
 
@@ -93,7 +93,7 @@ def plain_loss(model, params, frozen, batch):
 def test_the_loss_by_pieces_is_the_plain_one(head, monkeypatch):
   """Value and gradients of every trained weight; pieces of 4 tokens, blocks of 3 queries, of rows of 11."""
   tied, scheme = HEADS[head]
-  model = llama.Llama(dataclasses.replace(step_test.CONFIG, vocab_size=V, tie_word_embeddings=tied), scheme)
+  model = decoder.Decoder(dataclasses.replace(step_test.CONFIG, vocab_size=V, tie_word_embeddings=tied), scheme)
   variables = {'frozen': {}, **nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))}
   move = lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape)
   params, frozen = jax.tree.map(move, variables['params']), variables['frozen']
@@ -214,8 +214,8 @@ def compiled_step(layers: int, remat: str):
     adapter=adapters.Adapter('qalora', RANK, 8.0),
     frozen_dtype=jnp.bfloat16,
   )
-  config = llama.ModelConfig(VOCABULARY, WIDTH, MLP, layers, 2, 2, dtype=jnp.bfloat16, remat=remat)
-  model = llama.Llama(config, scheme)
+  config = decoder.Config(VOCABULARY, WIDTH, MLP, layers, 2, 2, dtype=jnp.bfloat16, remat=remat)
+  model = decoder.Decoder(config, scheme)
   settings = dict(clip=0.3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
   tx = optim.adamw(lambda step: 1e-3, **settings, offload=True)
   tokens = jax.ShapeDtypeStruct((ROWS, WINDOW), jnp.int32)

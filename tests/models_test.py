@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from qalora_jax import adapters
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.models import rotary
 from qalora_jax.quant import affine
 from qalora_jax.quant import qtensor
 
-CONFIG = llama.ModelConfig(
+CONFIG = decoder.Config(
   vocab_size=64,
   hidden_size=32,
   intermediate_size=64,
@@ -35,11 +35,11 @@ def born(scheme=TRAINED, config=CONFIG, scale=5.0):
 
   @jax.jit
   def draw(key):
-    variables = nn.unbox(llama.Llama(config, scheme).init(key, jnp.zeros((1, 4), jnp.int32)))
+    variables = nn.unbox(decoder.Decoder(config, scheme).init(key, jnp.zeros((1, 4), jnp.int32)))
     grow = lambda leaf: leaf * scale if leaf.dtype == jnp.float32 and leaf.ndim > 1 else leaf
     return jax.tree.map(grow, variables)
 
-  model = llama.Llama(config)
+  model = decoder.Decoder(config)
   return model, draw(jax.random.key(0))
 
 
@@ -95,7 +95,9 @@ def test_grouped_queries_are_repeated_keys():
   wide = {'params': variables['params'] | {'layers': layers | {'attention': attention}}}
   tokens = random_tokens(3, 2, 12)
   want = run(model, variables, tokens)
-  np.testing.assert_allclose(run(llama.Llama(full), wide, tokens), want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
+  np.testing.assert_allclose(
+    run(decoder.Decoder(full), wide, tokens), want, rtol=0, atol=1e-5 * float(jnp.abs(want).max())
+  )
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -126,7 +128,7 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
 def test_remat_changes_nothing(remat):
   model, variables = born()
   tokens = random_tokens(4, 2, 12)
-  other = llama.Llama(dataclasses.replace(CONFIG, remat=remat))
+  other = decoder.Decoder(dataclasses.replace(CONFIG, remat=remat))
   loss = lambda m: jax.jit(jax.value_and_grad(lambda v: jnp.mean(m.apply(v, tokens) ** 2)))(variables)
   for got, want in zip(jax.tree.leaves(loss(other)), jax.tree.leaves(loss(model)), strict=True):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
@@ -136,7 +138,7 @@ def test_remat_changes_nothing(remat):
 def test_the_scheme_says_what_is_born_where(kind):
   adapter = adapters.Adapter(kind, 2, 4.0) if kind else None
   scheme = linear.Scheme(quantizers=FOUR_BITS, adapter=adapter, adapted='attention')
-  shapes = nn.unbox(jax.eval_shape(llama.Llama(CONFIG, scheme).init, jax.random.key(0), random_tokens(0, 1, 4)))
+  shapes = nn.unbox(jax.eval_shape(decoder.Decoder(CONFIG, scheme).init, jax.random.key(0), random_tokens(0, 1, 4)))
   layers = shapes['frozen']['layers']
   assert all(isinstance(layers['mlp'][name]['kernel'], qtensor.QTensor) for name in layers['mlp'])
   assert shapes['frozen']['embedding'].shape == (64, 32)
@@ -187,7 +189,7 @@ def test_bfloat16_runs_in_bfloat16_and_stays_close():
   scheme = linear.Scheme(quantizers=FOUR_BITS)
   model, variables = born(scheme)
   tokens = random_tokens(5, 2, 12)
-  half = llama.Llama(dataclasses.replace(CONFIG, dtype=jnp.bfloat16))
+  half = decoder.Decoder(dataclasses.replace(CONFIG, dtype=jnp.bfloat16))
   want, got = run(model, variables, tokens), half.apply(variables, tokens)
   assert got.dtype == jnp.float32
   # Two layers of some twenty roundings of 2^-9 relative, of random sign.

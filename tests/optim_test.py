@@ -16,8 +16,8 @@ from qalora_jax import hf
 from qalora_jax import optim
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 from qalora_jax.quant import codebooks
 
@@ -168,7 +168,7 @@ def test_a_real_model_trains_alike(assets):
   directory = assets / 'models' / 'babyllama_tok105'
   config = hf.read_config(directory)
   scheme = linear.Scheme(quantizers=(('all', affine.Affine(4, 32)),), adapter=adapters.Adapter('qalora', 32, 32.0))
-  model = llama.Llama(config, scheme)
+  model = decoder.Decoder(config, scheme)
   frozen = jax.device_put(hf.load(directory, config, scheme))
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))['params']
   tokens = jax.random.randint(jax.random.key(1), (4, 64), 0, config.vocab_size)

@@ -15,8 +15,8 @@ from qalora_jax import hf
 from qalora_jax import packed
 from qalora_jax import tensors
 from qalora_jax.adapters import qalora
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 from qalora_jax.quant import qtensor
 
@@ -95,7 +95,7 @@ def test_a_merged_model_is_the_adapted_one(tmp_path):
   a, b = (rng.normal(0, 0.1, shape).astype(np.float32) for shape in ((3, q.groups, 2), (3, 2, 24)))
   params = {'layers': {'mlp': {'down_proj': {'adapter': qalora.QALoRA(a, b, alpha=4.0)}}}}
   packed.write(tmp_path / 'out', CONFIG, adapters.merge(frozen, params), provenance={'merged': True})
-  tokens, logits = jnp.arange(20)[None], jax.jit(llama.Llama(CONFIG).apply)
+  tokens, logits = jnp.arange(20)[None], jax.jit(decoder.Decoder(CONFIG).apply)
   adapted = logits({'frozen': frozen, 'params': params}, tokens)
   merged = logits({'frozen': packed.load(tmp_path / 'out', CONFIG)}, tokens)
   # Compiled together with the product or read from a file, the merged offset may round once differently; three layers

@@ -19,8 +19,8 @@ from qalora_jax import step as step_lib
 from qalora_jax import topologies
 from qalora_jax.kernels import mesh as mesh_lib
 from qalora_jax.kernels import plan
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 from qalora_jax.quant import float4
 from qalora_jax.quant import method
@@ -129,7 +129,7 @@ def test_every_mesh():
 
 # The whole model.  Rows are few and short, so that no activation is as large as a matrix, and layers many, so that a
 # stack of dense ones would outweigh all else.  Every matrix has a shape of its own.
-CONFIG = llama.ModelConfig(80, D, F, 12, 8, 8, head_dim=24, remat='full')
+CONFIG = decoder.Config(80, D, F, 12, 8, 8, head_dim=24, remat='full')
 QALORA = linear.Scheme(quantizers=(('all', affine.Affine(4, GROUP)),), adapter=ADAPTERS['qalora, sum'])
 MIXED = dataclasses.replace(
   QALORA,
@@ -141,7 +141,7 @@ FULL = linear.Scheme(trains=True)
 
 def built(config, scheme, mesh):
   """(model, boxed abstract variables, the step for `mesh` and its shardings)."""
-  model, tx = llama.Llama(config, scheme), optax.sgd(1.0)
+  model, tx = decoder.Decoder(config, scheme), optax.sgd(1.0)
   abstract = {'frozen': {}, **jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))}
   state = jax.eval_shape(functools.partial(step_lib.init_state, tx), abstract['params'])
   at = sharding.place((state, abstract['frozen']), mesh, 'replicate')
@@ -241,7 +241,7 @@ def check_traffic(found: list[collectives.Collective], frozen, mesh) -> None:
 def test_heads_that_do_not_divide_are_cut_apart():
   """Two heads of keys over four devices: their columns divide, and that is enough."""
   config = dataclasses.replace(CONFIG, num_hidden_layers=1, num_key_value_heads=2)
-  model, tokens = llama.Llama(config, QALORA), step_test.a_batch(rows=ROWS)['tokens']
+  model, tokens = decoder.Decoder(config, QALORA), step_test.a_batch(rows=ROWS)['tokens']
   boxed, mesh = jax.eval_shape(model.init, jax.random.key(0), tokens), mesh_of((1, 2, 4))
   variables, at = drawn(nn.unbox(boxed)), sharding.place(boxed, mesh)
   divided = jax.jit(sharding.over(mesh, model.apply), in_shardings=(at, sharding.batch(mesh)))
@@ -265,7 +265,7 @@ def test_a_step_compiled_for_eight_chips(sizes):
 
 
 def abstract(config, scheme):
-  return jax.eval_shape(llama.Llama(config, scheme).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['frozen']
+  return jax.eval_shape(decoder.Decoder(config, scheme).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))['frozen']
 
 
 def test_leaves_of_a_matrix_lie_together():

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_llama
 
-from qalora_jax.models import llama
+from qalora_jax.models import decoder
 from qalora_jax.models import rotary
 
 # Every size differs from every other, so that no two axes can be confused; heads are wider than D / H.
-PLAIN = llama.ModelConfig(50, 24, 40, 3, 4, 2, max_position_embeddings=64, head_dim=8)
+PLAIN = decoder.Config(50, 24, 40, 3, 4, 2, max_position_embeddings=64, head_dim=8)
 STRETCHED = dataclasses.replace(
   PLAIN,
   # Wavelengths of 6, 63 (theta 100 would give 20) and more: one band kept, one blended, one stretched.
@@ -36,7 +36,7 @@ def draw(config, seed=0):
 
 @functools.cache
 def shapes(config):
-  made = jax.eval_shape(llama.Llama(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+  made = jax.eval_shape(decoder.Decoder(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
   return nn.unbox(made)['frozen']
 
 

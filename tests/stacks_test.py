@@ -17,13 +17,13 @@ from qalora_jax import hf
 from qalora_jax import packed
 from qalora_jax import sharding
 from qalora_jax import stacks
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 from qalora_jax.quant import float4
 from qalora_jax.quant import method
 
-CONFIG = llama.ModelConfig(64, 32, 64, 3, 4, 2, max_position_embeddings=64, head_dim=8)
+CONFIG = decoder.Config(64, 32, 64, 3, 4, 2, max_position_embeddings=64, head_dim=8)
 DOUBLED = float4.Float4(group=16, double=True)
 SCHEMES = {
   'dense': linear.Scheme(frozen_dtype=jnp.bfloat16),
@@ -75,7 +75,7 @@ def on_host(source, kind):
 
 @functools.cache
 def abstract(scheme):
-  made = jax.eval_shape(llama.Llama(CONFIG, scheme).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+  made = jax.eval_shape(decoder.Decoder(CONFIG, scheme).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
   return made['params' if scheme.trains else 'frozen']
 
 

@@ -12,11 +12,11 @@ import pytest
 from qalora_jax import adapters
 from qalora_jax import optim
 from qalora_jax import step as step_lib
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 
-CONFIG = llama.ModelConfig(
+CONFIG = decoder.Config(
   vocab_size=64,
   hidden_size=64,
   intermediate_size=128,
@@ -37,7 +37,7 @@ def scheme_of(kind, bits=4):
 
 @functools.cache
 def born(kind, bits=4):
-  model = llama.Llama(CONFIG, scheme_of(kind, bits))
+  model = decoder.Decoder(CONFIG, scheme_of(kind, bits))
 
   @jax.jit
   def draw(key):

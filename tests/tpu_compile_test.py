@@ -21,8 +21,8 @@ from qalora_jax import adapters
 from qalora_jax import step as step_lib
 from qalora_jax import topologies
 from qalora_jax.kernels import qmatmul
+from qalora_jax.models import decoder
 from qalora_jax.models import linear
-from qalora_jax.models import llama
 from qalora_jax.quant import affine
 from qalora_jax.quant import qtensor
 
@@ -204,7 +204,7 @@ def test_a_model_multiplies_by_kernels_alone():
   scheme = linear.Scheme(quantizers=quantizers, adapter=adapter, frozen_dtype=jnp.bfloat16)
   sizes = dict(vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=3)
   heads = dict(num_attention_heads=4, num_key_value_heads=2)
-  model = llama.Llama(llama.ModelConfig(**sizes, **heads, dtype=jnp.bfloat16, remat='full'), scheme)
+  model = decoder.Decoder(decoder.Config(**sizes, **heads, dtype=jnp.bfloat16, remat='full'), scheme)
   tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
   variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
   tx = optax.adam(1e-3)

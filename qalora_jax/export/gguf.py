@@ -26,11 +26,14 @@ from qalora_jax import tensors
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.export import job as job_lib
 from qalora_jax.export import verify as verify_lib
+from qalora_jax.models import decoder
 from qalora_jax.models import layers
 from qalora_jax.models import rotary
 from qalora_jax.quant import qtensor
 
 FILE = 'model.gguf'
+# The families that llama.cpp has as `llama`.
+_LLAMAS = ('llama', 'mistral')
 BLOCK = 32
 DTYPES = ('float32', 'float16', 'bfloat16', 'q8_0')
 _DENSE = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}
@@ -45,6 +48,7 @@ def check(job: job_lib.Job) -> None:
   package is absent.
   """
   library()
+  _check_family(job.config)
   for _, name, leaf in layout.matrices(job.config, job.tree):
     if not job.widen and _block(leaf) is None:
       held = 'offsets' if leaf.offset is not None else 'no offsets'
@@ -126,6 +130,22 @@ def library():
       f'the gguf package is needed, and does not load ({error}): pip install "qalora_jax[gguf]".'
     ) from error
   return gguf
+
+
+def _check_family(config: layers.Config) -> None:
+  """ValueError for what llama.cpp's `llama` does not compute, as which every model is written."""
+  problem = ''
+  if config.family not in _LLAMAS:
+    problem = f'model_type {config.family!r}'
+  elif config.biased or config.activation != 'silu':
+    problem = 'a LLaMA with biases' if config.biased else f'hidden_act = {config.activation!r}'
+  elif decoder.SLIDING in config.seen and config.window < config.max_position_embeddings:
+    problem = f'sliding_window = {config.window}'
+  if problem:
+    raise ValueError(
+      f"{problem}: the gguf files written here are of llama.cpp's `llama`, a LLaMA or a Mistral whose tokens see all "
+      'that came before; write --format=hf and convert that, or --format=qalora.'
+    )
 
 
 def kind(leaf, dtype: str, widen: bool) -> str:

@@ -23,6 +23,7 @@ DTYPES = ('float32', 'float16')
 
 def check(job: job_lib.Job) -> None:
   """ValueError for a model without quantized weights, of several forms, or with offsets that are no zero-points."""
+  gptq_files.check_family(job.config)
   found = [(name, leaf) for _, name, leaf in layout.matrices(job.config, job.tree)]
   if not found:
     raise ValueError('nothing in this model is quantized; write it with --format=hf.')
@@ -91,11 +92,14 @@ def verify(directory, job: job_lib.Job, progress: Callable[[], None] | None = No
   """
   forms, found, version = gptq_files.describe(directory), tensors.headers(directory)[0], gptq_files.version(directory)
   weights = {name: weight for weight, name in layout.weights(job.config).items()}
+  biased = gptq_files.biases(job.config)
 
   def read(path, name):
     form = forms.get(weights.get(layout.module(name)))
     if form is not None:
-      return verify_lib.dense(gptq_files.matrix(directory, found, layout.module(name), form, version))
+      module = layout.module(name)
+      has_bias = f'{module}.bias' in biased
+      return verify_lib.dense(gptq_files.matrix(directory, found, module, form, version, has_bias=has_bias))
     stored = tensors.read(name, found[name])
     return stored.T if layout.is_matrix(path) else stored
 

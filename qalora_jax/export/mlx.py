@@ -20,10 +20,14 @@ from qalora_jax import layout
 from qalora_jax import tensors
 from qalora_jax.export import job as job_lib
 from qalora_jax.export import verify as verify_lib
+from qalora_jax.models import decoder
+from qalora_jax.models import layers
 from qalora_jax.quant import qtensor
 
 # Groups that MLX's kernels know; a larger one that they divide is written as several of equal scale and bias.
 _GROUPS = (128, 64, 32)
+# The families that mlx_lm computes as here where no token's sight ends before the model's.
+_FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma2')
 # Not bfloat16: its offsets would lose 1-5 % of an adapter.
 DTYPES = ('float32', 'float16')
 
@@ -31,6 +35,7 @@ DTYPES = ('float32', 'float16')
 def check(job: job_lib.Job) -> None:
   """ValueError for a model that MLX's affine weights cannot hold without loss, and where MLX is absent."""
   library()
+  _check_family(job.config)
   for _, name, leaf in layout.matrices(job.config, job.tree):
     if leaf.levels != 'integer':
       raise ValueError(
@@ -41,6 +46,20 @@ def check(job: job_lib.Job) -> None:
         f'{name} has groups of {leaf.group} inputs; MLX knows {", ".join(map(str, _GROUPS[::-1]))} and multiples: '
         'quantize with one of them, or write --format=qalora.'
       )
+
+
+def _check_family(config: layers.Config) -> None:
+  """ValueError for a family that mlx_lm has not under these names, and for windows, which it looks at in none here."""
+  if config.family not in _FAMILIES:
+    raise ValueError(
+      f'model_type {config.family!r}: MLX directories are written of {", ".join(_FAMILIES)}; write --format=hf, or '
+      '--format=qalora to keep the codes.'
+    )
+  if decoder.SLIDING in config.seen and config.window < config.max_position_embeddings:
+    raise ValueError(
+      f'sliding_window = {config.window}: mlx_lm lets the tokens of a {config.family} see all that came before, and '
+      'says something else beyond the window; write --format=hf, or --format=qalora to keep the codes.'
+    )
 
 
 def write(directory, job: job_lib.Job, progress: Callable[[], None] | None = None) -> None:

@@ -1,6 +1,7 @@
 """What a family has to say, and how config.json is read without believing too much."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 import dataclasses
 
@@ -57,6 +58,7 @@ class Family:
   headed(config, labels, held): `Headed`, with a classifier of so many outputs (0: as the source has it), of a source
     whose tensors are held() = {name: shape}; ValueError where the family has no classifier.
   objective(config): what training it makes small.
+  task_type: what PEFT calls a model of this kind.
   """
 
   model_type: str
@@ -70,6 +72,15 @@ class Family:
   spelled: Callable[[str], str] = lambda name: name
   headed: Callable[..., Headed] = _headless
   objective: Callable[..., objectives.Objective] = lambda config: objectives.TOKENS
+  task_type: str = 'CAUSAL_LM'
+
+
+def fused(stored: str, parts: Mapping[str, int], outputs_first: bool = True) -> Iterator[tuple[str, View]]:
+  """(name, View) of tensors that lie one after another in the tensor `stored`; `parts`: {name: its outputs}."""
+  begin, outputs = 0, sum(parts.values())
+  for name, count in parts.items():
+    yield name, View(stored, slice(begin, begin + count), outputs, outputs_first)
+    begin += count
 
 
 def check_counts(raw: Mapping, keys) -> None:
@@ -91,3 +102,17 @@ def check_fixed(raw: Mapping, fixed: Mapping) -> None:
 def stated(raw: Mapping, keys) -> dict:
   """Those of `keys` that config.json says; absent or null, they are left to the default."""
   return {key: raw[key] for key in keys if raw.get(key) is not None}
+
+
+def check_choice(key: str, value, words) -> None:
+  """ValueError where config.json says something else than one of `words`."""
+  if value not in words:
+    raise ValueError(f'{key} = {value!r}; supported: {", ".join(words)}.')
+
+
+def window(raw: Mapping, default: int | None) -> int:
+  """sliding_window in places, `default` where it is not said; 0 for null, which is no window."""
+  value = raw.get('sliding_window', default)
+  if value is not None and (not isinstance(value, int) or value < 1):
+    raise ValueError(f'sliding_window = {value!r}; it is a count of at least 1, or null.')
+  return value or 0

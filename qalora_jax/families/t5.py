@@ -120,4 +120,5 @@ T5 = family.Family(
   names=names,
   ignored=ignored,
   objective=lambda config: objectives.ANSWERS,
+  task_type='SEQ_2_SEQ_LM',
 )

@@ -147,7 +147,7 @@ def attend_to_past(
     s = jnp.einsum('btkgc,bksc->bkgts', q_BTKGC, k_BKSC, preferred_element_type=jnp.float32) * scale
     if bias is not None:
       s += bias(positions_BT, places_BS).reshape(-1, K, H // K, T, places_BS.shape[-1])
-    return _capped(s, cap)
+    return capped(s, cap)
 
   past_1S, start_B111 = jnp.arange(S)[None], positions_BT[:, 0, None, None, None]
   seen_B1TS = sees(positions_BT[:, :, None], past_1S[:, None])[:, None] & (past_1S[:, None, None] < start_B111)
@@ -174,10 +174,11 @@ def _look(q_BPHC, k_BSKC, v_BSKC, mask, bias, *, scale, cap):
   if bias is not None:
     s += bias.reshape(-1, K, H // K, *bias.shape[-2:])
   # What sees nothing (padding) has equal weights, as in jax.nn.
-  p = jax.nn.softmax(jnp.where(mask[:, :, None], _capped(s, cap), -0.7 * jnp.finfo(jnp.float32).max), axis=-1)
+  p = jax.nn.softmax(jnp.where(mask[:, :, None], capped(s, cap), -0.7 * jnp.finfo(jnp.float32).max), axis=-1)
   y = jnp.einsum('bkgps,bskc->bpkgc', p.astype(v_BSKC.dtype), v_BSKC, preferred_element_type=jnp.float32)
   return y.reshape(B, P, H, C).astype(q_BPHC.dtype)
 
 
-def _capped(scores, cap: float):
+def capped(scores, cap: float):
+  """cap * tanh(scores / cap): never beyond `cap` (Gemma 2's soft-capping); 0: as they are."""
   return cap * jnp.tanh(scores / cap) if cap else scores

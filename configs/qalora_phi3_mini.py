@@ -1,0 +1,14 @@
+"""QA-LoRA, rank 64, on GPTQ in 4 bits and groups of 32: Phi-3-mini on Alpaca.
+
+qalora plan --config=configs/qalora_phi3_mini.py --topology=h100
+qalora train --config=configs/qalora_phi3_mini.py --workdir=runs/qalora_phi3_mini
+Reads ./alpaca_data.json, or --config.data.train.path=FILE; calibrates on C4, or --config.calibration.text.path=FILE.
+
+Devices and hours: unknown.  Expected: not yet run.
+"""
+
+from configs import relatives
+
+
+def get_config():
+  return relatives.finetune('phi3_mini')
