@@ -99,6 +99,15 @@ def needs_quantize(config: ml_collections.ConfigDict) -> bool:
   return any(needs) or bool(chooses) or config.adapter.init != 'zero'
 
 
+def looks_at_activations(config: ml_collections.ConfigDict) -> str:
+  """What of the config's base or adapter needs calibration; '' for none."""
+  if config.base.method != 'stored' and config.base.budget:
+    return f'base.budget = {config.base.budget}'
+  if any(getattr(method, 'calibrated', False) for _, method in quantizers(config.base)):
+    return f'base.method = {config.base.method!r} with refine = {config.base.refine}, rules = {config.base.rules!r}'
+  return 'adapter.init = "calibrated"' if config.adapter.init == 'calibrated' else ''
+
+
 def settings(config: ml_collections.ConfigDict) -> dict:
   """All that decides what `qalora quantize` makes of the config."""
   model = {key: config.model[key] for key in ('source', 'revision', 'dtype', 'frozen_dtype')}

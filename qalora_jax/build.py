@@ -15,6 +15,7 @@ import ml_collections
 
 from qalora_jax import adapters
 from qalora_jax import bases
+from qalora_jax import calibrate
 from qalora_jax import checkpoint
 from qalora_jax import checksum
 from qalora_jax import config as config_lib
@@ -125,7 +126,8 @@ def _setup(config, directory, model_config: layers.Config, forms: dict | None) -
   _check_targets(config, model, directory)
   _check_adapted(config, model)
   _check_window(config, model)
-  _check_calibrated(config, model)
+  if asked := bases.looks_at_activations(config):
+    calibrate.check_stacks(model_config, asked)
   return Setup(directory, model, layout.abstract(model_config, model.scheme), headed.drawn)
 
 
@@ -181,23 +183,6 @@ def _check_adapted(config, model: nn.Module) -> None:
       f'adapter.init = {chosen.init!r} makes good what quantization lost, and {dense[0]} is dense: keep '
       'adapter.targets within what base.targets and base.rules quantize, or set adapter.init = "pissa" or "zero".'
     )
-
-
-def _check_calibrated(config, model: nn.Module) -> None:
-  """ValueError where a base or adapters are to be made layer by layer of a model that is not one stack of layers."""
-  if list(model.config.depths) == [linear.STACK] or not bases.needs_quantize(config):
-    return
-  asked = {
-    'base.method = "gptq"': config.base.method == 'gptq' or 'gptq' in config.base.rules,
-    'base.refine = True': config.base.refine or 'refine' in config.base.rules,
-    f'base.budget = {config.base.budget}': bool(config.base.budget),
-    f'adapter.init = {config.adapter.init!r}': config.adapter.init != 'zero',
-  }
-  raise ValueError(
-    f'{" and ".join(key for key, wanted in asked.items() if wanted)}: made by going through one stack of layers, and a '
-    f'model of type {model.config.family!r} has {" and ".join(model.config.depths)}: set base.method = "affine", "nf4" '
-    'or "fp4" without refine, rules that need more, or a budget, and adapter.init = "zero".'
-  )
 
 
 def _check_window(config, model: nn.Module) -> None:

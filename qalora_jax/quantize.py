@@ -125,6 +125,7 @@ def _samples(config, built, tokens):
   settings = config.calibration
   if not build.names_data(settings.text):
     return None
+  calibrate.check_stacks(built.model.config, 'calibration.text')
   limit = built.model.config.max_position_embeddings
   if settings.length > limit:
     raise ValueError(

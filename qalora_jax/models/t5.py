@@ -118,7 +118,7 @@ def bias(config: ModelConfig, table_RH, *, both: bool) -> Callable:
 
   def between(queries_P, keys_S):
     distance_PS = keys_S[..., None, :] - queries_P[..., :, None]
-    found = table_RH.astype(jnp.float32)[numbers][jnp.clip(distance_PS, -longest, longest) + longest]
+    found = jnp.asarray(table_RH, jnp.float32)[numbers][jnp.clip(distance_PS, -longest, longest) + longest]
     found = jnp.moveaxis(found, -1, -3)
     return found if found.ndim == 4 else found[None]
 
