@@ -70,6 +70,9 @@ def get_config():
       source='',
       # Branch, tag or commit of a hub id.
       revision='main',
+      # Outputs of a BERT's classifier: classes, or 1 for a number.  It always trains; where the source has none of that
+      # size, it is drawn.  0: as the source has it, if it does.
+      labels=0,
       # Directory of tokenizer.model or tokenizer.json.  Empty: the source's own.
       tokenizer='',
       # Arithmetic of the forward and backward passes: 'float32' or 'bfloat16'.
@@ -158,7 +161,8 @@ def get_config():
   # What is trained.
   config.adapter = ml_collections.ConfigDict(
     dict(
-      # 'qalora', 'lora', 'full' (every weight; needs a dense base) or 'none' (nothing: evaluation and export only).
+      # 'qalora', 'lora', 'head' (the classifier of model.labels alone; it trains beside an adapter too), 'full' (every
+      # weight; needs a dense base) or 'none' (nothing: evaluation and export only).
       kind='qalora',
       # Inner dimension of the low-rank update.
       rank=64,
@@ -315,6 +319,11 @@ def get_config():
       min_p=0.0,
       # Positive logits of tokens that the text holds are divided by it, negative ones multiplied; 1: none.
       repetition_penalty=1.0,
+      # Beginnings of a text that are followed side by side, of which the best is kept (beam search); 1: none but one.
+      # Needs temperature = 0 and repetition_penalty = 1.
+      beams=1,
+      # Texts of beam search are compared by sum log p / length^length_penalty: above 0 favours longer ones.
+      length_penalty=1.0,
       # The text ends before this string; several as a JSON list, which begins with [": '["\\n\\n", "Question:"]'.
       # Empty: at EOS alone.
       stop='',

@@ -8,6 +8,7 @@ import ml_collections
 
 from qalora_jax import adapters
 from qalora_jax import config as config_lib
+from qalora_jax import families
 from qalora_jax import packed
 from qalora_jax import rules
 from qalora_jax.models import linear
@@ -20,8 +21,13 @@ from qalora_jax.quant import method as method_lib
 _BEGINNING = ('kind', 'rank', 'alpha', 'pool', 'targets', 'init', 'init_iterations')
 
 
-def scheme(config: ml_collections.ConfigDict, directory=None, stored: dict | None = None) -> linear.Scheme:
-  """What stands where at birth.  `stored`: {weight: form} of the already quantized source in `directory`."""
+def scheme(
+  config: ml_collections.ConfigDict, directory=None, stored: dict | None = None, headed: families.Headed | None = None
+) -> linear.Scheme:
+  """What stands where at birth.
+
+  `stored`: {weight: form} of the already quantized source in `directory`; `headed`: the head beside it.
+  """
   chosen = config.adapter
   if stored is not None:
     _check_stored(config.base, stored, directory)
@@ -32,9 +38,26 @@ def scheme(config: ml_collections.ConfigDict, directory=None, stored: dict | Non
     )
   own = adapter(chosen) if chosen.kind in adapters.KINDS else None
   choices = dict(adapter=own, adapted=chosen.targets, frozen_dtype=jnp.dtype(config.model.frozen_dtype))
+  if headed is not None:
+    choices['heads'] = _heads(chosen.kind, headed, config.model.source)
   if stored is not None:
     return packed.scheme_of(stored, **choices)
   return linear.Scheme(trains=chosen.kind == 'full', quantizers=quantizers(config.base), **choices)
+
+
+def _heads(kind: str, headed: families.Headed, source: str) -> tuple[str, ...]:
+  """The modules that are not read with the weights: of those that train, what the weights do not train with them."""
+  if kind == 'head' and not headed.trains:
+    raise ValueError(
+      'adapter.kind = "head" trains a classifier alone, and this model has none: set model.labels (of a BERT), or use '
+      '"lora", "qalora" or "full".'
+    )
+  if kind == 'none' and headed.drawn:
+    raise ValueError(
+      f'{source} does not hold the {" and the ".join(headed.drawn)} of model.labels = {headed.config.labels}: train '
+      'them (adapter.kind = "head", "lora", "qalora" or "full"), or name a model that has them.'
+    )
+  return {'none': (), 'full': headed.drawn}.get(kind, headed.trains)
 
 
 def adapter(chosen) -> adapters.Adapter:
@@ -74,6 +97,15 @@ def needs_quantize(config: ml_collections.ConfigDict) -> bool:
   needs = [getattr(method, 'calibrated', False) for _, method in quantizers(config.base)]
   chooses = config.base.budget and config.base.method != 'stored'
   return any(needs) or bool(chooses) or config.adapter.init != 'zero'
+
+
+def looks_at_activations(config: ml_collections.ConfigDict) -> str:
+  """What of the config's base or adapter needs calibration; '' for none."""
+  if config.base.method != 'stored' and config.base.budget:
+    return f'base.budget = {config.base.budget}'
+  if any(getattr(method, 'calibrated', False) for _, method in quantizers(config.base)):
+    return f'base.method = {config.base.method!r} with refine = {config.base.refine}, rules = {config.base.rules!r}'
+  return 'adapter.init = "calibrated"' if config.adapter.init == 'calibrated' else ''
 
 
 def settings(config: ml_collections.ConfigDict) -> dict:

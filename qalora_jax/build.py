@@ -15,6 +15,7 @@ import ml_collections
 
 from qalora_jax import adapters
 from qalora_jax import bases
+from qalora_jax import calibrate
 from qalora_jax import checkpoint
 from qalora_jax import checksum
 from qalora_jax import config as config_lib
@@ -23,6 +24,7 @@ from qalora_jax import hf
 from qalora_jax import hosts
 from qalora_jax import layout
 from qalora_jax import limits
+from qalora_jax import objectives
 from qalora_jax import packed
 from qalora_jax import peft
 from qalora_jax import progress
@@ -35,6 +37,7 @@ from qalora_jax.data import examples
 from qalora_jax.data import recipes
 from qalora_jax.data import records
 from qalora_jax.data import shares
+from qalora_jax.generate import cache
 from qalora_jax.generate import continuation
 from qalora_jax.generate import sampling
 from qalora_jax.models import layers
@@ -50,12 +53,14 @@ _BASE_FILE = 'base.json'
 class Setup:
   """What a config means before any weight is read: the source's directory (None: from scratch), the model, its shapes.
 
-  `abstract` holds the boxed abstract collections 'frozen' and 'params'.
+  `abstract` holds the boxed abstract collections 'frozen' and 'params'; `drawn` names the modules of a head that the
+  source lacks.
   """
 
   directory: pathlib.Path | None
   model: nn.Module
   abstract: dict
+  drawn: tuple[str, ...] = ()
 
   @property
   def shapes(self) -> dict:
@@ -114,11 +119,16 @@ def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
 
 
 def _setup(config, directory, model_config: layers.Config, forms: dict | None) -> Setup:
-  model = families.of(model_config).module(model_config, bases.scheme(config, directory, forms))
+  held = dict if directory is None else functools.partial(hf.held, directory, model_config)
+  headed = families.of(model_config).headed(model_config, config.model.labels, held)
+  model_config = headed.config
+  model = families.of(model_config).module(model_config, bases.scheme(config, directory, forms, headed))
   _check_targets(config, model, directory)
   _check_adapted(config, model)
   _check_window(config, model)
-  return Setup(directory, model, layout.abstract(model_config, model.scheme))
+  if asked := bases.looks_at_activations(config):
+    calibrate.check_stacks(model_config, asked)
+  return Setup(directory, model, layout.abstract(model_config, model.scheme), headed.drawn)
 
 
 def prepared(config: ml_collections.ConfigDict, workdir) -> ml_collections.ConfigDict:
@@ -203,11 +213,24 @@ def tokenizer_directory(config: ml_collections.ConfigDict, directory: pathlib.Pa
   return directory
 
 
-def encode(config, spec, tokenizer) -> list[examples.Example]:
+def objective(model: nn.Module) -> objectives.Objective:
+  """What training makes small of a model."""
+  return families.of(model.config).objective(model.config)
+
+
+def widths(config, model: nn.Module) -> dict[str, int]:
+  """The widths of rows, as `batches` takes them: window (of tokens), inputs (0 where the model has no encoder)."""
+  own = objective(model).widths(config.data.window, config.data.max_completion)
+  return {'window': own['tokens'], 'inputs': own.get('inputs', 0)}
+
+
+def encode(config, spec, tokenizer, model: nn.Module) -> list[examples.Example]:
   """The examples of one of the config's datasets, all read and checked; of several processes each makes its part."""
-  chosen = source(spec)
+  chosen, own = source(spec), examples.encode
+  if objective(model) is objectives.ANSWERS:
+    own = functools.partial(examples.encode_answer, begin=model.config.decoder_start_token_id)
   convert = functools.partial(
-    examples.encode,
+    own,
     tokenizer=tokenizer,
     window=config.data.window,
     loss_on=chosen.loss_on,
@@ -262,6 +285,7 @@ def variables(
 ) -> dict:
   """The model's collections on the mesh: weights from the source (or drawn, from scratch), adapters drawn from seed.
 
+  The head is the source's, or drawn where that has none.
   With `workdir`, frozen weights must be those its run began with (`check_base`).  With `begins` (see
   `bases.beginning`) the adapters are those that `qalora quantize` left beside the weights, with `adapter_from` those in
   that directory of PEFT.
@@ -275,24 +299,43 @@ def variables(
   if built.directory is None:
     params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
     return {'frozen': {}, 'params': params}
+  heads = _heads(built, at['params'], draw, seed)
   collection = 'params' if built.model.scheme.trains else 'frozen'
   place = stacks.OnDevices(at[collection])
   weights = load_weights(built, place)
   if collection == 'params':
-    return {'frozen': {}, 'params': weights}
+    return {'frozen': {}, 'params': weights | heads}
+  own = {name: blank for name, blank in built.shapes['params'].items() if name not in heads}
+  at_own = {name: where for name, where in at['params'].items() if name not in heads}
   if workdir is not None:
     check_base(workdir, place.checksum().crc)
   if adapter_from:
-    begun = peft.load(adapter_from, built.model.config, built.shapes['params'])
-    params = jax.device_put(begun, at['params'])
+    begun = peft.load(adapter_from, built.model.config, own)
+    params = jax.device_put(begun, at_own)
   elif begins is None:
     # The compiler drops the frozen weights that init would draw, so only the adapters are made.
-    params = jax.jit(draw, out_shardings=at['params'])(jax.random.key(seed))
+    params = jax.jit(lambda key: _without(draw(key), heads), out_shardings=at_own)(jax.random.key(seed))
   else:
     stored.check_beginning(built.directory, begins)
-    begun = packed.load_adapter(built.directory, built.shapes['params'])
-    params = jax.device_put(begun, at['params'])
-  return {'frozen': weights, 'params': params}
+    begun = packed.load_adapter(built.directory, own)
+    params = jax.device_put(begun, at_own)
+  return {'frozen': weights, 'params': params | heads}
+
+
+def _without(tree: dict, names) -> dict:
+  return {name: node for name, node in tree.items() if name not in names}
+
+
+def _heads(built: Setup, at: dict, draw: Callable, seed: int) -> dict:
+  """{module: weights} of the scheme's heads on the mesh: the source's, else drawn; `at` are the shardings of params."""
+  heads = built.model.scheme.heads
+  held = [name for name in heads if name not in built.drawn]
+  made = hf.read_heads(built.directory, built.model.config, held) if held else {}
+  made = jax.device_put(made, {name: at[name] for name in held})
+  if built.drawn:
+    pick = lambda key: {name: draw(key)[name] for name in built.drawn}
+    made |= jax.jit(pick, out_shardings={name: at[name] for name in built.drawn})(jax.random.key(seed))
+  return made
 
 
 def fingerprint(frozen: dict) -> int:
@@ -440,6 +483,19 @@ def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Lo
   return load_model(config, config.model.source)
 
 
+def prompt(loaded: Loaded, text: str, max_prompt: int = 0) -> list[int]:
+  """The tokens of a prompt of at most `max_prompt` (0: no limit) as the model was taught with it.
+
+  Raises ValueError where there is none to start from.
+  """
+  if not cache.continues(loaded.model):
+    return examples.encode_input(text, loaded.tokenizer, max_prompt)
+  tokens = examples.encode_prompt(text, loaded.tokenizer, max_prompt)
+  if not tokens:
+    raise ValueError('this tokenizer has no BOS to start from: give a --prompt.')
+  return tokens
+
+
 def write(
   loaded: Loaded, config, prompts: Sequence[list[int]], first: int = 0, show: Callable = lambda piece: None
 ) -> list[str]:
@@ -459,6 +515,8 @@ def write(
       min_p=settings.min_p,
       penalty=settings.repetition_penalty,
     ),
+    beams=settings.beams,
+    penalty=settings.length_penalty,
     stops=limits.stops(settings.stop),
     first=first,
     show=show,

@@ -136,6 +136,8 @@ def quantize(
   Raises ValueError for what no quantizer can do, naming the weight.
   """
   source.check()
+  if samples_NT is not None:
+    check_stacks(config, 'calibration')
   if samples_NT is None and any(getattr(method, 'calibrated', False) for _, method in scheme.quantizers):
     raise ValueError('what GPTQ and refined offsets look at is missing: name some text in calibration.text.path.')
   if budget:
@@ -150,19 +152,20 @@ def quantize(
     quantizers = tuple((_EXACTLY.format(name), method) for name, method in chosen.items())
     scheme = dataclasses.replace(scheme, quantizers=(*quantizers, *scheme.quantizers))
   running = None if samples_NT is None else activations()
-  made_layers, rows = [], []
-  for layer in range(config.depths[linear.STACK]):
-    file = partial / f'layer-{layer:05d}.safetensors'
+  made_layers, rows = {stack: [] for stack in config.depths}, []
+  places = [(stack, layer) for stack, depth in config.depths.items() for layer in range(depth)]
+  for number, (stack, layer) in enumerate(places):
+    file = partial / f'layer-{number:05d}.safetensors'
     if file.is_file():
-      made, found = _restore(file, scheme, source.shapes, layer, beginning)
+      made, found = _restore(file, scheme, source.shapes, stack, layer, beginning)
       if running is not None:
         # In the same steps as when it was made, so that it rounds alike.
         for part in _sequence(config) if true_sequential else (_WHOLE,):
           running.advance(layer, _dense(made), part)
     else:
-      made, found = _layer(source, config, scheme, layer, running, mesh, true_sequential, beginning)
+      made, found = _layer(source, config, scheme, stack, layer, number, running, mesh, true_sequential, beginning)
       _keep(file, made, found)
-    made_layers.append(made)
+    made_layers[stack].append(made)
     rows += found
     if progress is not None:
       progress(text=_said(found))
@@ -174,6 +177,16 @@ def quantize(
     others[_HEAD] = jax.device_get(head)
   trees = [_stack(made_layers, scheme, config, collection) for collection in ('frozen', 'params')]
   return Result(trees[0] | traverse_util.unflatten_dict(others, sep='/'), trees[1], rows)
+
+
+def check_stacks(config: layers.Config, asked: str) -> None:
+  """ValueError, naming what was `asked` for, of a model whose layers' inputs are not those of one stack."""
+  if list(config.depths) != [linear.STACK]:
+    raise ValueError(
+      f'{asked}: looks at activations, which are gone through for one stack of layers, and a model of type '
+      f'{config.family!r} has {" and ".join(config.depths)}: set base.method = "affine", "nf4" or "fp4" without '
+      'base.refine and base.budget (in base.rules too), adapter.init other than "calibrated", and no calibration.text.'
+    )
 
 
 def choose_bits(
@@ -196,7 +209,7 @@ def choose_bits(
     candidates = []
     lines = [alike for steps in _sequence(config).values() for alike in steps]
     for layer in range(config.depths[linear.STACK]):
-      dense = _read_layer(source, config, layer)
+      dense = _read_layer(source, config, linear.STACK, layer)
       hessians = inputs.hessians(layer, _block(dense), [alike[0] for alike in lines])
       for alike in lines:
         for matrix in alike:
@@ -266,12 +279,12 @@ def _others(config) -> list[tuple[str, str]]:
   return [(path, of_path[0]) for path, of_path in layout.names(config).items() if not layout.is_stacked(path)]
 
 
-def _read_layer(source: hf.Source, config: layers.Config, layer: int) -> dict[str, np.ndarray]:
+def _read_layer(source: hf.Source, config: layers.Config, stack: str, layer: int) -> dict[str, np.ndarray]:
   """{path within the block: float32 weight} of one layer."""
   return {
     path.partition('/')[2]: source.read(path, name.format(layer)).astype(np.float32)
     for path, name in families.of(config).names(config).items()
-    if layout.is_stacked(path)
+    if path.startswith(f'{stack}/')
   }
 
 
@@ -279,12 +292,14 @@ def _block(flat: dict) -> dict:
   return traverse_util.unflatten_dict(flat, sep='/')
 
 
-def _layer(source, config, scheme, layer, running, mesh, true_sequential, beginning) -> tuple[dict, list[dict]]:
+def _layer(
+  source, config, scheme, stack, layer, number, running, mesh, true_sequential, beginning
+) -> tuple[dict, list[dict]]:
   """({'frozen': ..., 'params': ...} of one layer, flat and on the host, and its report rows).
 
-  Leaves `running` at the inputs of the next layer.
+  `number`: of the layer among those of all stacks.  Leaves `running` at the inputs of the next layer.
   """
-  dense, sequence = _read_layer(source, config, layer), _sequence(config)
+  dense, sequence = _read_layer(source, config, stack, layer), config.sequence[stack]
   # What later matrices and blocks see of each weight: what the model will compute with when training begins.
   seen = {path: leaf.astype(scheme.frozen_dtype) for path, leaf in dense.items()}
   frozen, params, rows = {}, {}, []
@@ -296,14 +311,14 @@ def _layer(source, config, scheme, layer, running, mesh, true_sequential, beginn
       if running is not None and true_sequential:
         hessians = running.hessians(layer, _block(seen), alike[:1], part)
       for matrix in alike:
-        name, path = f'{linear.STACK}/{layer}/{matrix}', f'{matrix}/kernel'
+        name, path = f'{stack}/{layer}/{matrix}', f'{matrix}/kernel'
         method, hessian = scheme.quantizer(name), hessians.get(alike[0])
         begins = beginning if scheme.adapts(name) else None
         if method is None and begins is None:
           continue
         begun = time.monotonic()
         w = jax.device_put(dense[path], _columns(dense[path].shape, mesh))
-        q, node = _one(scheme, name, w, hessian, begins, layer * len(linear.matrices(sequence)) + len(rows))
+        q, node = _one(scheme, name, w, hessian, begins, number * len(linear.matrices(sequence)) + len(rows))
         frozen[path] = q
         if node is not None:
           params[f'{matrix}/adapter'] = node
@@ -372,13 +387,15 @@ def _columns(shape: tuple[int, ...], mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, mesh.axis_names if split else None))
 
 
-def _stack(made: list[dict], scheme: linear.Scheme, config: layers.Config, collection: str) -> dict:
+def _stack(made: dict[str, list[dict]], scheme: linear.Scheme, config: layers.Config, collection: str) -> dict:
   """The tree of one collection, neighbours that are alike stacked."""
-  tree, starts = {}, scheme.starts(config)[linear.STACK]
-  for stack, start, stop in zip(linear.stacks(starts), starts, [*starts[1:], len(made)], strict=True):
-    own = [layer[collection] for layer in made[start:stop]]
-    if own[0]:
-      tree[stack] = _block(jax.tree.map(lambda *leaves: np.stack(leaves), *own))
+  tree = {}
+  for stack, starts in scheme.starts(config).items():
+    ends = [*starts[1:], len(made[stack])]
+    for name, start, stop in zip(linear.stacks(starts, stack), starts, ends, strict=True):
+      own = [layer[collection] for layer in made[stack][start:stop]]
+      if own[0]:
+        tree[name] = _block(jax.tree.map(lambda *leaves: np.stack(leaves), *own))
   return tree
 
 
@@ -404,23 +421,23 @@ def _keep(file: pathlib.Path, made: dict, rows: list[dict]) -> None:
   tensors.save_file(file, leaves, metadata={'rows': json.dumps(rows)})
 
 
-def _restore(file: pathlib.Path, scheme, shapes, layer: int, beginning) -> tuple[dict, list[dict]]:
+def _restore(file: pathlib.Path, scheme, shapes, stack: str, layer: int, beginning) -> tuple[dict, list[dict]]:
   """The layer that `_keep` wrote; what it consists of follows from the scheme."""
-  blank = jax.eval_shape(functools.partial(_blank, scheme, shapes, layer, beginning))
+  blank = jax.eval_shape(functools.partial(_blank, scheme, shapes, stack, layer, beginning))
   leaves = tensors.load_file(file)
   named = jax.tree_util.tree_leaves_with_path(blank)
   made = [leaves[jax.tree_util.keystr(path, simple=True, separator=' ')] for path, _ in named]
   return jax.tree.unflatten(jax.tree.structure(blank), made), json.loads(tensors.metadata(file)['rows'])
 
 
-def _blank(scheme, shapes, layer: int, beginning) -> dict:
+def _blank(scheme, shapes, stack: str, layer: int, beginning) -> dict:
   """A layer of zeros in the structure that `_layer` returns."""
   frozen, params = {}, {}
   for path, shape in shapes.items():
-    if not layout.is_stacked(path):
+    part, _, within = path.partition('/')
+    if part != stack:
       continue
-    within = path.partition('/')[2]
-    name = f'{linear.STACK}/{layer}/{layout.module(within)}'
+    name = f'{stack}/{layer}/{layout.module(within)}'
     method = scheme.quantizer(name) if layout.is_matrix(path) else None
     w = jnp.zeros(shape)
     frozen[within] = w.astype(scheme.frozen_dtype) if method is None else method(w, name)

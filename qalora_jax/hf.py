@@ -12,6 +12,7 @@ import functools
 import pathlib
 import re
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,10 +117,10 @@ def load(
   ValueError for all that the headers show to be wrong (missing, unexpected, duplicate, misshapen, not a float, inputs
   that do not divide into groups), before anything is read.
   """
-  source = Source(directory, config)
+  source = Source(directory, config, scheme.heads)
   dtype = jnp.float32 if scheme.trains else scheme.frozen_dtype
   blank, quantizers, problems = {}, {}, []
-  for path, names in layout.names(config, scheme.starts(config)).items():
+  for path, names in layout.beside(scheme.heads, layout.names(config, scheme.starts(config))).items():
     shape = source.shapes[layout.unstacked(path)]
     quantizers[path] = scheme.quantizer(linear.weight_name(layout.module(path))) if layout.is_matrix(path) else None
     try:
@@ -144,29 +145,27 @@ def load(
 class Source:
   """A dense directory whose tensors are read one at a time, as this package lays them out.
 
-  `shapes`: {path: shape of a single layer's} under the paths of a model whose layers are one stack.
+  `shapes`: {path: shape of a single layer's} under the paths of a model whose layers are one stack.  `heads`: modules
+  that it need not hold.
   """
 
-  def __init__(self, directory, config: layers.Config):
-    self._directory, self._config = directory, config
+  def __init__(self, directory, config: layers.Config, heads: Iterable[str] = ()):
+    self._directory, self._config, self._heads = directory, config, tuple(heads)
     self.shapes = layout.matrix_shapes(config)
-    called = families.of(config).called
-    found, self._problems = tensors.headers(directory)
-    # What a file calls a tensor, and what its header says, by its name here.
-    self._stored = {called(name): name for name in found}
-    self._found = {called(name): header for name, header in found.items()}
-    twice = [name for name in found if self._stored[called(name)] != name]
-    self._problems += [f'{name} is there again as {self._stored[called(name)]}' for name in twice]
+    self._found, self._stored, self._problems = spelled(directory, config)
     self._views = views(config)
 
   def check(self, problems: Iterable[str] = ()) -> None:
     """One ValueError for `problems` and all that the headers show to be wrong."""
     wanted = {}
-    for path, names in layout.names(self._config).items():
+    every = layout.names(self._config)
+    others = layout.beside(self._heads, every)
+    for path, names in others.items():
       for name in names:
         view = self._views.get(name)
         wanted[view.name if view else name] = _wanted(path, self.shapes[path], view)
-    ignored = functools.partial(families.of(self._config).ignored, self._config)
+    of_heads = {name for path in every.keys() - others.keys() for name in every[path]}
+    ignored = lambda name: name in of_heads or families.of(self._config).ignored(self._config, name)
     tensors.check(self._directory, self._found, wanted, [*self._problems, *problems], ignored)
 
   def read(self, path: str, name: str) -> np.ndarray:
@@ -183,6 +182,39 @@ class Source:
     if not layout.is_matrix(path):
       return stored[view.rows]
     return stored[view.rows].T if view.outputs_first else stored[:, view.rows]
+
+
+def spelled(directory, config: layers.Config) -> tuple[dict, dict[str, str], list[str]]:
+  """`tensors.headers` under the names of the family's table; {that name: name in the file}; what is wrong with them."""
+  headers, problems = tensors.headers(directory)
+  stored = {}
+  for name in headers:
+    own = families.of(config).spelled(name)
+    if own in stored:
+      problems.append(f'{name} and {stored[own]} are the same weight')
+    stored[own] = name
+  return {own: headers[name] for own, name in stored.items()}, stored, problems
+
+
+def held(directory, config: layers.Config) -> dict[str, tuple[int, ...]]:
+  """{name in the family's table, if it is there: shape} of every tensor of a directory."""
+  return {name: header.shape for name, header in spelled(directory, config)[0].items()}
+
+
+def read_heads(directory, config: layers.Config, heads: Iterable[str]) -> dict:
+  """The weights of these modules outside the stacks as a tree, float32 and on the host.
+
+  Raises ValueError where one is missing or of another shape.
+  """
+  source, wanted, flat = Source(directory, config), {}, {}
+  every = layout.names(config)
+  for path in every.keys() - layout.beside(heads, every).keys():
+    wanted[path] = every[path][0]
+  for path, name in wanted.items():
+    flat[path] = np.asarray(source.read(path, name), np.float32)
+    if flat[path].shape != source.shapes[path]:
+      raise ValueError(f'{directory}: {name} has shape {flat[path].shape[::-1]}, not {source.shapes[path][::-1]}.')
+  return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def write(

@@ -9,7 +9,7 @@ import numpy as np
 
 from qalora_jax.quant import qtensor
 
-_LAYER = re.compile(r'layers/(\d+)/(.*)')
+_LAYER = re.compile(r'(?:layers/|((?:en|de)coder/))(\d+)/(.*)')
 
 
 def measure(rows: list[dict]) -> str:
@@ -27,7 +27,7 @@ def plot_errors(rows: list[dict], file: pathlib.Path) -> None:
   key, lines = measure(rows), {}
   for row in rows:
     if match := _LAYER.fullmatch(row['weight']):
-      lines.setdefault(match[2], []).append((int(match[1]), row[key]))
+      lines.setdefault((match[1] or '') + match[3], []).append((int(match[2]), row[key]))
   figure, panel = _panel()
   for matrix, points in lines.items():
     panel.plot(*zip(*sorted(points), strict=True), marker='o', label=matrix)

@@ -39,6 +39,12 @@ def names(config: layers.Config, starts: Mapping[str, Iterable[int]] | None = No
   return made
 
 
+def beside(heads: Iterable[str], every: Mapping[str, list[str]]) -> dict[str, list[str]]:
+  """The entries of `names` that belong to no module of `heads`."""
+  heads = set(heads)
+  return {path: names for path, names in every.items() if path.partition('/')[0] not in heads}
+
+
 def apart(config: layers.Config) -> dict[str, range]:
   """`starts` of a model whose every layer stands alone."""
   return {stack: range(depth) for stack, depth in config.depths.items()}

@@ -52,7 +52,7 @@ CHOICES = {
   'base.scale_dtype': ('float32', 'float16'),
   'base.scales': ('learned', 'minmax'),
   'adapter.init': ('zero', 'pissa', 'loftq', 'calibrated'),
-  'adapter.kind': ('qalora', 'lora', 'full', 'none'),
+  'adapter.kind': ('qalora', 'lora', 'head', 'full', 'none'),
   'adapter.pool': ('sum', 'mean'),
   'evaluate.split': ('', 'train', 'dev', 'validation', 'test'),
   'evaluate.overflow': ('error', 'cut'),
@@ -73,6 +73,7 @@ _SIZE_OR_REST = ('-1 or at least 1', lambda x: x == -1 or x >= 1)
 RANGES = {
   # NumPy and JAX both take it as 32 bits without a sign.
   'seed': ('from 0 to 4294967295', lambda x: 0 <= x < 2**32),
+  'model.labels': _NATURAL,
   'model.architecture.vocab_size': _NATURAL,
   'model.architecture.hidden_size': _POSITIVE,
   'model.architecture.intermediate_size': _POSITIVE,
@@ -126,6 +127,8 @@ RANGES = {
   'generate.top_p': ('above 0 and at most 1', lambda x: 0 < x <= 1),
   'generate.min_p': _FRACTION,
   'generate.repetition_penalty': _ABOVE_ZERO,
+  'generate.beams': _POSITIVE,
+  'generate.length_penalty': ('a finite number', math.isfinite),
   'generate.batch': _POSITIVE,
   **{f'{name}.{key}': _NATURAL for name in _DATASETS for key in ('sample', 'sample_seed', 'per_task')},
 }
@@ -258,6 +261,12 @@ def _bad_combinations(values, outside):
   if len(rest) > 1:
     wrong.append(f'{" and ".join(rest)} are all -1: only one axis can take the devices that are left')
   kind, method = values['adapter.kind'], values['base.method']
+  drawn = {'generate.temperature': 0.0, 'generate.repetition_penalty': 1.0}
+  if values['generate.beams'] > 1 and any(values[key] != plain for key, plain in drawn.items()):
+    wrong.append(
+      f'generate.beams = {values["generate.beams"]} looks for the likeliest text: set generate.temperature = 0 and '
+      'generate.repetition_penalty = 1, or generate.beams = 1'
+    )
   if values['adapter.source'] and values['model.source'] == 'scratch':
     wrong.append("adapter.source is an adapter of a trained model: name that as model.source, which is 'scratch'")
   if values['adapter.source'] and (kind not in ('lora', 'qalora') or values['adapter.init'] != 'zero'):

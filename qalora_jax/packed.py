@@ -128,14 +128,16 @@ def load(
   """
   forms, shapes, stated = describe(directory), layout.matrix_shapes(config), scheme is not None
   scheme = scheme or scheme_of(forms)
-  names = layout.names(config, scheme.starts(config))
+  every = layout.names(config, scheme.starts(config))
+  names = layout.beside(scheme.heads, every)
   form = {path: forms.get(linear.weight_name(layout.module(path))) for path in names}
   found, problems = tensors.headers(directory)
   fields = {
     name: _fields(path, name, shapes[layout.unstacked(path)], form[path]) for path in names for name in names[path]
   }
   wanted = {key: want for of_name in fields.values() for key, want in of_name.items()}
-  tensors.check(directory, found, wanted, problems)
+  of_heads = {name for path in every.keys() - names.keys() for name in every[path]}
+  tensors.check(directory, found, wanted, problems, lambda name: name in of_heads)
 
   def blank(path):
     shape = shapes[layout.unstacked(path)]

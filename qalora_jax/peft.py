@@ -74,7 +74,7 @@ def write(directory, config: layers.Config, params: dict, *, base: str, conventi
   stated = {
     'base_model_name_or_path': base,
     'peft_type': 'LORA',
-    'task_type': 'CAUSAL_LM',
+    'task_type': families.of(config).task_type,
     'r': rank,
     'lora_alpha': alpha,
     'lora_dropout': first.dropout,
@@ -193,9 +193,10 @@ def _at(leaf, at: int):
 
 
 def _targets(config: layers.Config, modules: list[str]) -> list[str]:
-  """target_modules: the last names where every layer has the same, else every module in full."""
+  """target_modules: the last names where all that bear them are adapted, else every module in full."""
   last = sorted({module.rpartition('.')[2] for module in modules})
-  return last if len(modules) == len(last) * sum(config.depths.values()) else sorted(modules)
+  bearing = [module for module in _sizes(config) if module.rpartition('.')[2] in last]
+  return last if len(modules) == len(bearing) else sorted(modules)
 
 
 def _pattern(config: layers.Config, modules) -> str:
@@ -203,7 +204,8 @@ def _pattern(config: layers.Config, modules) -> str:
   named = {name: weight for weight, name in layout.weights(config).items()}
   chosen = [named[module] for module in modules]
   last = sorted({weight.rpartition('/')[2] for weight in chosen})
-  if len(chosen) == len(last) * sum(config.depths.values()):
+  bearing = [weight for weight in named.values() if linear.selects(f'/({"|".join(last)})$', weight)]
+  if len(chosen) == len(bearing):
     return f'/({"|".join(last)})$'
   return f'^({"|".join(sorted(chosen))})$'
 

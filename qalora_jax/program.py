@@ -9,11 +9,11 @@ import functools
 
 from flax import linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import optax
 
 from qalora_jax import build
+from qalora_jax import objectives
 from qalora_jax import optim
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
@@ -21,7 +21,6 @@ from qalora_jax import topologies
 
 # The keys of config.optim that `optim.adamw` takes.
 _ADAMW = ('clip', 'beta1', 'beta2', 'eps', 'weight_decay', 'state', 'offload')
-_BATCH = ('tokens', 'loss_mask', 'segments', 'positions')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Program:
   """A jitted training step, and what it takes.
 
   `step(state, frozen, batch) -> (state, metrics)` donates the state.  `state`, `frozen` and `batch` are abstract
-  arguments, each leaf with its sharding.  `rate` is the learning rate by step.
+  arguments, each leaf with its sharding.  `rate` is the learning rate by step; `objective` what is made small.
   """
 
   mesh: jax.sharding.Mesh
@@ -39,6 +38,7 @@ class Program:
   state: step_lib.State
   frozen: dict
   batch: dict
+  objective: objectives.Objective
 
   @property
   def arguments(self) -> tuple:
@@ -74,9 +74,12 @@ def make(config: ml_collections.ConfigDict, built: build.Setup, mesh: jax.shardi
   state = _placed(boxed, optim.on_host(at_state) if config.optim.offload else at_state)
   frozen = built.abstract['frozen']
   frozen = _placed(frozen, sharding.place(frozen, mesh, config.sharding.fallback))
-  shape = (config.train.batch, config.data.window)
   rows = sharding.batch(mesh)
-  step = functools.partial(step_lib.train_step, built.model, tx, config.seed, config.train.accumulation)
+  objective = build.objective(built.model)
+  widths = objective.widths(config.data.window, config.data.max_completion)
+  step = functools.partial(
+    step_lib.train_step, built.model, tx, config.seed, config.train.accumulation, objective=objective
+  )
   return Program(
     mesh=mesh,
     rate=rate,
@@ -89,7 +92,11 @@ def make(config: ml_collections.ConfigDict, built: build.Setup, mesh: jax.shardi
     ),
     state=state,
     frozen=frozen,
-    batch={name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for name in _BATCH},
+    batch={
+      name: jax.ShapeDtypeStruct((config.train.batch, widths[name]), dtype, sharding=rows)
+      for name, dtype in objective.arrays.items()
+    },
+    objective=objective,
   )
 
 

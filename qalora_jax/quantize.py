@@ -65,6 +65,9 @@ def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
   """
   workdir = pathlib.Path(workdir)
   tensors.refuse_existing(workdir)
+  config = config.copy_and_resolve_references()
+  # A classifier that the source has goes along; one that is to be trained is no part of a base.
+  config.model.labels = 0
   built = build.setup(config)
   if stored.is_quantized(built.directory):
     raise ValueError(f'{built.directory} is already quantized; start from its dense source.')
@@ -122,6 +125,7 @@ def _samples(config, built, tokens):
   settings = config.calibration
   if not build.names_data(settings.text):
     return None
+  calibrate.check_stacks(built.model.config, 'calibration.text')
   limit = built.model.config.max_position_embeddings
   if settings.length > limit:
     raise ValueError(

@@ -27,6 +27,7 @@ RULES = {
   'vocab': 'tensor',
   'norm': None,
   'rank': None,
+  'buckets': None,
   'layers': None,
 }
 _NAMED_AT_MOST = 8

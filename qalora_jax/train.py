@@ -74,7 +74,7 @@ def train(config, workdir, *, replace_config: bool = False) -> step_lib.State:
 def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemption.Watch, hold) -> step_lib.State:
   """`train`; `hold()` takes the workdir, and is called when all is checked and nothing written yet."""
   if config.adapter.kind == 'none':
-    raise ValueError('adapter.kind = "none" trains nothing; use "qalora", "lora" or "full".')
+    raise ValueError('adapter.kind = "none" trains nothing; use "qalora", "lora", "head" or "full".')
   config = build.adopted(config, workdir)
   built = build.setup(config)
   mesh = build.make_mesh(config)
@@ -83,14 +83,14 @@ def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemptio
   sharding.check_host_memory(mesh, [key for key, asked in offloads.items() if asked])
   tokenizer = build.tokenizer(config, built)
   train_data = batches.training(
-    build.encode(config, config.data.train, tokenizer),
-    window=config.data.window,
+    build.encode(config, config.data.train, tokenizer, built.model),
+    **build.widths(config, built.model),
     batch=config.train.batch,
     packing=config.data.packing,
     seed=config.seed,
   )
   held_out = config.data.validation
-  validation = build.encode(config, held_out, tokenizer) if build.names_data(held_out) else []
+  validation = build.encode(config, held_out, tokenizer, built.model) if build.names_data(held_out) else []
   begins = bases.beginning(config)
   if built.directory is not None and stored.is_quantized(built.directory) and config.adapter.kind in adapters.KINDS:
     stored.check_beginning(built.directory, begins)
@@ -106,7 +106,13 @@ def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemptio
   state = program.begin(drawn.pop('params'))
   _describe(state.params, frozen)
   score = functools.partial(
-    perplexity.score, built.model, examples=validation, window=config.data.window, batch=config.train.batch, mesh=mesh
+    perplexity.mean_loss,
+    built.model,
+    objective=program.objective,
+    examples=validation,
+    **build.widths(config, built.model),
+    batch=config.train.batch,
+    mesh=mesh,
   )
   with (
     contextlib.ExitStack() as patience,
@@ -164,7 +170,7 @@ def _loop(config, state, frozen, data, *, program, score, manager, log, watch) -
       state, metrics = program.step(state, frozen, hosts.spread(batch, program.batch['tokens'].sharding))
       done += 1
       losses.append((metrics['loss'], metrics['grad_norm']))
-      tokens += np.count_nonzero(batch['segments'])
+      tokens += sum(np.count_nonzero(batch[name]) for name in batch if name.endswith('segments'))
       last = done == settings.steps
       stops = watch.reached(done) and not last
       keeps = last or stops or done % settings.checkpoint_every == 0
@@ -185,12 +191,12 @@ def _loop(config, state, frozen, data, *, program, score, manager, log, watch) -
           loss=metrics['loss'],
           grad_norm=metrics['grad_norm'],
           learning_rate=program.rate(done - 1),
-          tokens=metrics['tokens'],
+          **{program.objective.unit: metrics[program.objective.unit]},
           tokens_per_second=speed,
         )
       bar.advance(text=f'loss {float(metrics["loss"]):.4f}  {speed:,.0f} tokens/s')
       if validates:
-        log.write(done, validation_loss=score({'params': state.params, 'frozen': frozen})['nats_per_token'])
+        log.write(done, validation_loss=score({'params': state.params, 'frozen': frozen}))
         since = time.monotonic()
       if keeps:
         checkpoint.save(manager, state, data)

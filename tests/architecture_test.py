@@ -17,7 +17,7 @@ LAYERS = (
   ('kernels',),
   ('adapters',),
   ('models',),
-  ('step', 'optim', 'sharding'),
+  ('objectives', 'step', 'optim', 'sharding'),
   (
     *(
       'families',
@@ -58,7 +58,7 @@ DOORS = {
   'export.command',
 }
 # These run wherever jax, flax and optax do.
-PURE = ('quant', 'kernels', 'adapters', 'models', 'step')
+PURE = ('quant', 'kernels', 'adapters', 'models', 'objectives', 'step')
 NOT_PURE = {
   'grain',
   'ml_collections',

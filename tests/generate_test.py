@@ -15,6 +15,7 @@ from qalora_jax import build
 from qalora_jax import config as config_lib
 from qalora_jax import sharding
 from qalora_jax import tokenizer as tokenizer_lib
+from qalora_jax.generate import cache
 from qalora_jax.generate import chat
 from qalora_jax.generate import command
 from qalora_jax.generate import decode
@@ -33,7 +34,7 @@ class Chain(nn.Module):
 
   following: tuple[int, ...]
   scheme: linear.Scheme = linear.Scheme()
-  config = types.SimpleNamespace(max_position_embeddings=WINDOW, vocab_size=258)
+  config = types.SimpleNamespace(max_position_embeddings=WINDOW, vocab_size=258, depths={'layers': 1})
 
   def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, only_BP=None):
     logits = 10.0 * jax.nn.one_hot(jnp.asarray(self.following)[tokens_BT], len(self.following))
@@ -182,8 +183,8 @@ def test_the_cache_is_written_in_place(models):
     made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     leaf = jax.ShapeDtypeStruct((layers, rows, config.num_key_value_heads, size, config.head_dim), jnp.float32)
     count = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    state = {'past': {'layers': {'attention': {'k': leaf, 'v': leaf}}}, 'positions': count, 'tokens': count}
-    state['seen'] = jax.ShapeDtypeStruct((rows, 0), bool)
+    held = cache.Cache({'layers': {'attention': {'k': leaf, 'v': leaf}}}, {}, count)
+    state = {'cache': held, 'tokens': count, 'seen': jax.ShapeDtypeStruct((rows, 0), bool)}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     lowered = decode._write.lower(model, sampling.Sampling(), None, nn.unbox(made), state, keys)
     return lowered.compile().memory_analysis(), 2 * leaf.size * 4

@@ -17,6 +17,7 @@ import pytest
 import step_test
 
 from qalora_jax import adapters
+from qalora_jax import objectives
 from qalora_jax import optim
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
@@ -74,7 +75,7 @@ def test_a_device_holds_its_part():
 
 def limited(monkeypatch, logits: int, queries: int):
   """So many logits of a row, and scores of so many queries, at most at once on one device."""
-  monkeypatch.setattr(step_lib, 'LOGITS', step_test.ROWS * logits * 4)
+  monkeypatch.setattr(objectives, 'LOGITS', step_test.ROWS * logits * 4)
   monkeypatch.setattr(attention, 'SCORES', step_test.ROWS * queries * step_test.CONFIG.num_attention_heads * T * 4)
 
 
@@ -236,7 +237,7 @@ def compiled_step(layers: int, remat: str):
 @pytest.mark.skipif(not topologies.installed(), reason='libtpu is not installed')
 def test_a_further_layer_adds_its_gradients_alone(monkeypatch):
   """Nothing dense: a layer's input goes to the host, where its moments are."""
-  monkeypatch.setattr(step_lib, 'LOGITS', 2**19)
+  monkeypatch.setattr(objectives, 'LOGITS', 2**19)
   monkeypatch.setattr(attention, 'SCORES', 2**19)
   (few, _), (many, trained) = (compiled_step(layers, 'offload') for layers in (2, 6))
   grown = lambda name: (getattr(many.memory_analysis(), name) - getattr(few.memory_analysis(), name)) / 4
@@ -250,7 +251,7 @@ def test_a_further_layer_adds_its_gradients_alone(monkeypatch):
 
 @pytest.mark.skipif(not topologies.installed(), reason='libtpu is not installed')
 def test_no_logits_and_no_scores_stand_whole(monkeypatch):
-  monkeypatch.setattr(step_lib, 'LOGITS', 2**19)
+  monkeypatch.setattr(objectives, 'LOGITS', 2**19)
   monkeypatch.setattr(attention, 'SCORES', 2**19)
   text = compiled_step(2, 'full')[0].as_text()
   shapes = [tuple(map(int, dims.split(','))) for dims in re.findall(r'(?:f32|bf16)\[([\d,]+)\]', text)]

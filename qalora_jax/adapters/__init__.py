@@ -34,7 +34,7 @@ def is_adapter(node) -> bool:
 
 
 def merge(frozen: dict, params: dict) -> dict:
-  """The frozen tree with every adapter of `params` folded into its matrix.
+  """The frozen tree with every adapter of `params` folded into its matrix, and the modules that train as they are.
 
   model.apply({'frozen': merge(frozen, params)}, x) == model.apply({'frozen': frozen, 'params': params}, x).
   Layers stacked on a leading axis are merged together.  Raises ValueError where an adapter has no frozen matrix.
@@ -44,6 +44,9 @@ def merge(frozen: dict, params: dict) -> dict:
     if name == 'adapter':
       merged['kernel'] = node.merge(frozen['kernel'])
     elif isinstance(node, dict):
+      if name not in frozen and not any(map(is_adapter, jax.tree.leaves(node, is_leaf=is_adapter))):
+        merged[name] = node
+        continue
       if name not in frozen:
         raise ValueError(f'{name} has adapters but no frozen weights; are these params from another model?')
       merged[name] = merge(frozen[name], node)

@@ -81,6 +81,13 @@ def choose(params: dict, rows: Sequence[int]) -> dict:
   return jax.tree.map(place, params, is_leaf=is_leaf)
 
 
+def repeated(params: dict, times: int) -> dict:
+  """`params` for a batch in which every row stands `times` times, one after the other."""
+  is_leaf = lambda node: isinstance(node, Several)
+  more = lambda node: node.replace(rows=jnp.repeat(node.rows, times, axis=-1)) if is_leaf(node) else node
+  return jax.tree.map(more, params, is_leaf=is_leaf)
+
+
 def _together(trees: Sequence[dict], frozen: dict, join) -> dict:
   """join([node of every tree, or None], kernel) wherever a tree has an adapter."""
   joined = {}

@@ -5,8 +5,10 @@ import numpy as np
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import records
 
-# tokens [n] and loss_mask [n], int32.  loss_mask is 1 where the token, as a target, carries loss: the model
-# reads the tokens before it and is asked for it.  The first token is never a target.
+# Arrays [n], the same ones in all examples of a set: tokens and loss_mask, int32, and what else an objective wants
+# (`objectives.Objective.arrays`); `inputs` of a model with an encoder have a length of their own.  loss_mask is 1 where
+# the token, as a target, carries loss: the model reads the tokens before it and is asked for it.  The first token is
+# never a target.
 Example = dict[str, np.ndarray]
 
 
@@ -58,6 +60,50 @@ def encode(
   if not examples or not any(example['loss_mask'].any() for example in examples):
     raise ValueError(f'{_name(document)} leaves no token that carries loss; drop it, or set append_eos')
   return examples
+
+
+def encode_answer(
+  document: records.Document,
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  begin: int,
+  window: int,
+  loss_on: str,
+  append_eos: bool,
+  overflow: str,
+  max_prompt: int = 0,
+  max_completion: int = 0,
+) -> list[Example]:
+  """The one example of a pair, for a model whose encoder reads the prompt and whose decoder writes the completion.
+
+  `inputs` are those of `encode_input`, of at most `window` tokens; `tokens` are `begin`, which carries no loss, the
+  completion and EOS, cut at their end to `max_completion` (0: to the window, `begin` included).  Raises ValueError for
+  a document that is no pair, for loss_on = 'all', whose prompts no decoder writes, and as `encode` does.
+  """
+  _check(window, loss_on, overflow, max_prompt, max_completion)
+  if not isinstance(document, records.Pair):
+    raise ValueError(f'{_name(document)} is no pair; a model with an encoder is taught with prompt and completion')
+  if loss_on == 'all':
+    raise ValueError("loss_on = 'all': an encoder reads the prompt, and nothing predicts it; use 'completion'")
+  eos = [tokenizer.eos] if append_eos and tokenizer.eos is not None else []
+  completion = (tokenizer.encode(document.completion) + eos)[: max_completion or window - 1]
+  inputs = encode_input(document.prompt, tokenizer, min(max_prompt or window, window))
+  if not completion:
+    raise ValueError(f'{_name(document)} leaves no token that carries loss; drop it, or set append_eos')
+  return [_example([begin, *completion], given=1) | {'inputs': np.asarray(inputs, np.int32)}]
+
+
+def encode_input(prompt: str, tokenizer: tokenizer_lib.Tokenizer, max_prompt: int = 0) -> list[int]:
+  """What an encoder reads: the prompt, cut at its end to `max_prompt` tokens with EOS (0: no limit), and EOS.
+
+  At its end, as T5's are: what is asked stands at the front.  Raises ValueError where nothing is left.
+  """
+  eos = [] if tokenizer.eos is None else [tokenizer.eos]
+  ids = tokenizer.encode(prompt)
+  inputs = (ids[: max(max_prompt - len(eos), 0)] if max_prompt else ids) + eos
+  if not inputs:
+    raise ValueError(f'the prompt {prompt!r:.80} has no token, and this tokenizer no EOS')
+  return inputs
 
 
 def encode_prompt(prompt: str, tokenizer: tokenizer_lib.Tokenizer, max_prompt: int = 0) -> list[int]:

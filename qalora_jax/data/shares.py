@@ -1,6 +1,7 @@
 """Documents to examples, each process of a run doing its share; all have all in the end."""
 
 from collections.abc import Callable
+import json
 
 import jax
 import numpy as np
@@ -34,12 +35,15 @@ def convert(
 def pack(count: int, groups: list[list[examples_lib.Example]]) -> bytes:
   """A process's share: the number of all documents, and the examples of each that it has made.
 
-  int32 numbers: count, the number of groups, of examples in each, of tokens in each; then all tokens, then all masks.
+  The length of a head as int64, the head as JSON (count, number of groups, {name of a column: its dtype}), then int32:
+  the number of examples in each group, and column after column the lengths of all examples; then the columns.
   """
   made = [example for group in groups for example in group]
-  sizes = [count, len(groups), *map(len, groups), *(len(example['tokens']) for example in made)]
-  columns = [example[name] for name in ('tokens', 'loss_mask') for example in made]
-  return np.concatenate([np.array(sizes, np.int32), *columns]).tobytes()
+  dtypes = {name: column.dtype.str for name, column in made[0].items()} if made else {}
+  head = json.dumps([count, len(groups), dtypes]).encode()
+  sizes = np.array([*map(len, groups), *(len(example[name]) for name in dtypes for example in made)], np.int32)
+  columns = [example[name].tobytes() for name in dtypes for example in made]
+  return b''.join([np.int64(len(head)).tobytes(), head, sizes.tobytes(), *columns])
 
 
 def join(shares: list[bytes]) -> list[examples_lib.Example]:
@@ -53,9 +57,19 @@ def join(shares: list[bytes]) -> list[examples_lib.Example]:
 
 
 def _unpacked(share: bytes) -> tuple[int, list[list[examples_lib.Example]]]:
-  (count, number), rest = np.split(np.frombuffer(share, np.int32).copy(), [2])
-  groups, rest = np.split(rest, [number])
-  lengths, rest = np.split(rest, [groups.sum()])
-  columns = [np.split(half, np.cumsum(lengths)[:-1]) for half in np.split(rest, 2)]
-  made = iter([{'tokens': tokens, 'loss_mask': mask} for tokens, mask in zip(*columns, strict=True)])
-  return int(count), [[next(made) for _ in range(size)] for size in groups]
+  start = 8 + int(np.frombuffer(share, np.int64, 1)[0])
+  count, number, dtypes = json.loads(share[8:start])
+  rest = memoryview(share)[start:]
+
+  def take(size: int, dtype='<i4') -> np.ndarray:
+    nonlocal rest
+    found, rest = np.frombuffer(rest, dtype, size).copy(), rest[size * np.dtype(dtype).itemsize :]
+    return found
+
+  groups = take(number)
+  lengths = {name: take(groups.sum()) for name in dtypes}
+  columns = {
+    name: np.split(take(lengths[name].sum(), dtype), np.cumsum(lengths[name])[:-1]) for name, dtype in dtypes.items()
+  }
+  made = iter([dict(zip(columns, example, strict=True)) for example in zip(*columns.values(), strict=True)])
+  return count, [[next(made) for _ in range(size)] for size in groups]

@@ -14,10 +14,10 @@ from qalora_jax import adapted
 from qalora_jax import build
 from qalora_jax import config as config_lib
 from qalora_jax import hosts
+from qalora_jax import objectives
 from qalora_jax import progress
 from qalora_jax import quant
 from qalora_jax import report
-from qalora_jax.data import examples
 from qalora_jax.data import records
 from qalora_jax.evaluate import answers
 from qalora_jax.evaluate import choices
@@ -25,7 +25,7 @@ from qalora_jax.evaluate import generation
 from qalora_jax.evaluate import loglikelihood
 from qalora_jax.evaluate import perplexity
 from qalora_jax.evaluate import tasks
-from qalora_jax.generate import decode
+from qalora_jax.generate import cache
 from qalora_jax.models import layers
 from qalora_jax.models import linear
 
@@ -169,6 +169,7 @@ def _scores(
     raise ValueError(
       'nothing to score: set evaluate.text.path, evaluate.choices.path or evaluate.generation.path, or name --tasks.'
     )
+  _check_scorable(loaded, settings, wanted)
   folder = pathlib.Path(workdir) / 'answers' if workdir else None
   prompts, references = _continued(loaded, config)
   mesh = build.make_mesh(config)
@@ -187,7 +188,7 @@ def _scores(
   # All are tokenized before any is scored: what does not fit is said at once.
   prepared = [None if harness else _prepared(loaded, config, one) for one in wanted]
   if build.names_data(settings.text):
-    scored = build.encode(config, settings.text, loaded.tokenizer)
+    scored = build.encode(config, settings.text, loaded.tokenizer, loaded.model)
     characters = perplexity.spelled(loaded.tokenizer, scored)
     row |= perplexity.score(loaded.model, loaded.variables, examples=scored, characters=characters, **common)
   if questions:
@@ -214,6 +215,17 @@ def _scores(
     row |= columns
     details.append({'task': one.label} | detail)
   return row, details
+
+
+def _check_scorable(loaded: build.Loaded, settings, wanted: list[Wanted]) -> None:
+  """ValueError for data whose scores are the probabilities of a text's own tokens, where an encoder reads the text."""
+  asked = [f'evaluate.{name}' for name in ('text', 'choices') if build.names_data(settings[name])]
+  asked += ['evaluate.tasks'] if wanted else []
+  if asked and build.objective(loaded.model) is objectives.ANSWERS:
+    raise ValueError(
+      f'{" and ".join(asked)}: scored by the probability of a text after its beginning, which a model of type '
+      f'{loaded.model.config.family!r} does not have: its encoder reads the text.  Name evaluate.generation instead.'
+    )
 
 
 def check_window(config, model: layers.Config) -> None:
@@ -333,10 +345,10 @@ def _continued(loaded: build.Loaded, config) -> tuple[dict[str, list[int]], list
   generation.packages()
   source = build.source(spec)
   grouped = generation.references(records.read(source), config.evaluate.limit, source.path)
-  prompts = {prompt: examples.encode_prompt(prompt, loaded.tokenizer, config.data.max_prompt) for prompt in grouped}
+  prompts = {prompt: build.prompt(loaded, prompt, config.data.max_prompt) for prompt in grouped}
   for prompt, tokens in prompts.items():
     try:
-      decode.check(loaded.model, tokens)
+      cache.check(loaded.model, tokens)
     except ValueError as error:
       raise ValueError(f'{source.path}: {prompt!r:.80}: {error}') from error
   return prompts, list(grouped.values())

@@ -8,20 +8,35 @@ import jax
 import numpy as np
 
 from qalora_jax import hosts
+from qalora_jax import objectives
 from qalora_jax import progress
 from qalora_jax import sharding
 from qalora_jax import step as step_lib
 from qalora_jax.data import batches
 
 
-def row_scores(model: nn.Module, variables: dict, *, examples: list, window: int, batch: int, mesh, label: str):
-  """The summed NLL in nats of each example's targets, and their number: two float64 arrays in the examples' order."""
-  score = _compiled(model, mesh)
+def row_scores(
+  model: nn.Module,
+  variables: dict,
+  *,
+  examples: list,
+  window: int,
+  batch: int,
+  mesh,
+  label: str,
+  objective: objectives.Objective = objectives.TOKENS,
+  inputs: int = 0,
+):
+  """The summed loss of each example's targets, and their number: two float64 arrays in the examples' order.
+
+  Of tokens the loss is the negative log-likelihood in nats.
+  """
+  score = _compiled(model, mesh, objective)
   shares = mesh.shape['data'] * mesh.shape['fsdp']
   batch = -(-batch // shares) * shares  # every device has rows; what is over is filled with rows that do not count
   nll, count = np.zeros(len(examples)), np.zeros(len(examples))
   with progress.bar(label, len(examples)) as bar:
-    for rows in batches.scoring(examples, window=window, batch=batch):
+    for rows in batches.scoring(examples, window=window, batch=batch, inputs=inputs):
       index = rows.pop('rows')
       got_nll, got_count = jax.device_get(score(variables, hosts.spread(rows, sharding.batch(mesh))))
       real = index >= 0
@@ -31,13 +46,19 @@ def row_scores(model: nn.Module, variables: dict, *, examples: list, window: int
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(model: nn.Module, mesh):
+def _compiled(model: nn.Module, mesh, objective: objectives.Objective):
   """One jitted function a model: the validations of a long run share its program."""
   return jax.jit(
-    sharding.over(mesh, functools.partial(step_lib.score_rows, model)),
+    sharding.over(mesh, functools.partial(step_lib.score_rows, model, objective=objective)),
     in_shardings=(None, sharding.batch(mesh)),
     out_shardings=sharding.replicated(mesh),  # every process reads all rows' scores
   )
+
+
+def mean_loss(model: nn.Module, variables: dict, *, objective: objectives.Objective, **how) -> float:
+  """The mean loss over all targets of the examples; `how` is that of `row_scores`."""
+  losses, count = row_scores(model, variables, label='validation', objective=objective, **how)
+  return float(losses.sum() / count.sum())
 
 
 def score(

@@ -61,9 +61,13 @@ def check(model: nn.Module, frozen: dict, params: dict, merged: dict, *, seed: i
       furthest(logits(frozen=frozen)),
     )
 
+  # What trains as it is, a head, is there with and without the adapter.
+  heads = {name: node for name, node in params.items() if name not in frozen}
+  adapted = {name: node for name, node in params.items() if name in frozen}
+
   # TF32 and bfloat16 passes, the default of GPUs and TPUs, would hide what is looked for.
   with jax.default_matmul_precision('highest'):
-    return Check(*(float(x) for x in compare(frozen, params, merged)))
+    return Check(*(float(x) for x in compare(frozen | heads, adapted, merged)))
 
 
 def moved(model: nn.Module, params: dict, settled: dict, *, seed: int = 0) -> float:

@@ -7,6 +7,8 @@ import dataclasses
 
 from flax import linen as nn
 
+from qalora_jax import objectives
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -23,6 +25,25 @@ class View:
 
 
 @dataclasses.dataclass(frozen=True)
+class Headed:
+  """A model with the head that is asked for, on a source.
+
+  trains: the modules of the head that train beside adapters, whatever the rest does.  drawn: those of them that the
+  source does not hold, and that are drawn.
+  """
+
+  config: object
+  trains: tuple[str, ...] = ()
+  drawn: tuple[str, ...] = ()
+
+
+def _headless(config, labels: int, held: Callable) -> Headed:
+  if labels:
+    raise ValueError(f'model.labels = {labels}: a model of type {config.family!r} has no classifier; set it to 0.')
+  return Headed(config)
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
   """A kind of model as Hugging Face keeps it.
 
@@ -33,7 +54,11 @@ class Family:
   names(config): {path in the tree: name of the tensor}, {} standing for the layer of a stacked one.
   views(config): {name: View} of the tensors that files hold otherwise than under their name.
   ignored(config, name): whether a tensor of a file says nothing.
-  called(name): what `names` calls a tensor of a file.
+  spelled(name): the name in `names` of a tensor that a file calls `name`.
+  headed(config, labels, held): `Headed`, with a classifier of so many outputs (0: as the source has it), of a source
+    whose tensors are held() = {name: shape}; ValueError where the family has no classifier.
+  objective(config): what training it makes small.
+  task_type: what PEFT calls a model of this kind.
   """
 
   model_type: str
@@ -44,7 +69,10 @@ class Family:
   names: Callable[..., Mapping[str, str]]
   views: Callable[..., Mapping[str, View]] = lambda config: {}
   ignored: Callable[..., bool] = lambda config, name: False
-  called: Callable[[str], str] = lambda name: name
+  spelled: Callable[[str], str] = lambda name: name
+  headed: Callable[..., Headed] = _headless
+  objective: Callable[..., objectives.Objective] = lambda config: objectives.TOKENS
+  task_type: str = 'CAUSAL_LM'
 
 
 def fused(stored: str, parts: Mapping[str, int], outputs_first: bool = True) -> Iterator[tuple[str, View]]:

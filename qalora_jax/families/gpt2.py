@@ -113,7 +113,7 @@ def ignored(config: decoder.Config, name: str) -> bool:
   return is_mask or (config.tie_word_embeddings and name == _OUTER['lm_head/kernel'])
 
 
-def called(name: str) -> str:
+def spelled(name: str) -> str:
   """The name as GPT2LMHeadModel saves it of one that GPT2Model saved, as the published checkpoints are."""
   return f'transformer.{name}' if re.match(r'(wte|wpe|ln_f|h)\.', name) else name
 
@@ -127,5 +127,5 @@ GPT2 = family.Family(
   names=names,
   views=views,
   ignored=ignored,
-  called=called,
+  spelled=spelled,
 )

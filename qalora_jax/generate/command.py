@@ -15,11 +15,12 @@ from qalora_jax import hosts
 from qalora_jax import progress
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import records
+from qalora_jax.generate import cache
 from qalora_jax.generate import chat
-from qalora_jax.generate import decode
 
 SUMMARY = (
-  'Continues --prompt with the model: --model, else the run in --workdir, else config.model.source.\n'
+  'Continues --prompt (or answers it, with a model that has an encoder): --model, else the run in --workdir, else\n'
+  'config.model.source.\n'
   '--chat: a conversation, your words from standard input, in the chat template of the tokenizer.\n'
   '--prompts: every record of a JSONL file ({"prompt": ...} a line), config.generate.batch at a time; they go to\n'
   '--output, or to standard output, with the text that was written.\n'
@@ -60,8 +61,9 @@ def main(argv=None) -> str | list[dict]:
   loaded = dataclasses.replace(model.loaded, variables=model.variables([values['adapter']]))
   if values['chat']:
     return _converse(loaded, config, values['prompt'], values['system'])
-  print(values['prompt'], end='', flush=True)
-  return _one(loaded, config, _tokens(loaded.tokenizer, values['prompt']))
+  if cache.continues(loaded.model):
+    print(values['prompt'], end='', flush=True)
+  return _one(loaded, config, build.prompt(loaded, values['prompt']))
 
 
 def _one(loaded: build.Loaded, config, tokens: list[int]) -> str:
@@ -77,10 +79,10 @@ def _many(model: adapted.Adapted, config, asked: list[dict], usual: str, output:
   Written batch by batch into a file that takes the name of `output` when it is whole.
   """
   loaded, made = model.loaded, []
-  prompts = [_tokens(loaded.tokenizer, record['prompt']) for record in asked]
+  prompts = [build.prompt(loaded, record['prompt']) for record in asked]
   for number, prompt in enumerate(prompts, start=1):
     try:
-      decode.check(loaded.model, prompt)
+      cache.check(loaded.model, prompt)
     except ValueError as error:
       raise ValueError(f'record {number} of --prompts: {error}') from error
   partial = output.with_name(f'.{output.name}.unfinished') if output else None
@@ -128,14 +130,6 @@ def _heard() -> str:
     return sys.stdin.readline().strip()
   except UnicodeDecodeError as error:
     raise ValueError(f'standard input is not {error.encoding} ({error.reason}).') from error
-
-
-def _tokens(tokenizer: tokenizer_lib.Tokenizer, prompt: str) -> list[int]:
-  """The prompt as a document begins: after BOS, where there is one."""
-  tokens = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)
-  if not tokens:
-    raise ValueError('this tokenizer has no BOS to start from: give a --prompt.')
-  return tokens
 
 
 if __name__ == '__main__':

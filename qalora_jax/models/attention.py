@@ -6,6 +6,8 @@ Generation keeps the keys and values of earlier tokens in a collection of their 
 
     past/layers/attention/k, v       [N, B, K, S, C] read where it is there: what the tokens also look at
     present/layers/attention/k, v    [N, B, K, T, C] written where it is mutable: those of the tokens at hand
+    given/...                        what no token changes, of a model with an encoder: written where it is mutable,
+                                     read where it is there
 """
 
 from collections.abc import Callable
@@ -19,8 +21,8 @@ import jax.numpy as jnp
 from qalora_jax.models import linear
 from qalora_jax.models import pieces
 
-# Collections of keys and values: those of earlier tokens, those of the tokens at hand.
-PAST, PRESENT = 'past', 'present'
+# Collections of keys and values: those of earlier tokens, of the tokens at hand, and of what is read once.
+PAST, PRESENT, GIVEN = 'past', 'present', 'given'
 # Bytes of float32 attention scores that a device makes at once.
 SCORES = 2**26
 
@@ -49,6 +51,13 @@ def visible(query_T, key_S, segments_BT=None, segments_BS=None, sees: Callable =
   if segments_BT is None:
     return seen_11TS
   return seen_11TS & (segments_BT[:, :, None] == segments_BS[:, None, :])[:, None]
+
+
+def give(module: nn.Module, **values) -> None:
+  """Leaves `values` in 'given' where that is mutable."""
+  if module.is_mutable_collection(GIVEN) and not module.is_initializing():
+    for name, value in values.items():
+      module.put_variable(GIVEN, name, value)
 
 
 def attend_or_continue(module: nn.Module, q_BTHC, k_BTKC, v_BTKC, positions_BT, segments_BT, **how) -> jax.Array:

@@ -99,7 +99,8 @@ def _loop(module: nn.Module, block: type[nn.Module], name: str, start: int, own:
   a kernel it copies first.
   """
   c = module.config
-  drops, remembers = module.has_rng('dropout'), module.is_mutable_collection(attention.PRESENT)
+  drops = module.has_rng('dropout')
+  kept = [name for name in (attention.PRESENT, attention.GIVEN) if module.is_mutable_collection(name)]
   number = len(jax.tree.leaves(own)[0])
   keys = jax.random.split(module.make_rng('dropout'), number) if drops else None
   quantized = lambda node: isinstance(node, qtensor.QTensor)
@@ -121,15 +122,15 @@ def _loop(module: nn.Module, block: type[nn.Module], name: str, start: int, own:
       start + index,
       *context,
       rngs=rngs,
-      mutable=[attention.PRESENT] if remembers else [],
+      mutable=kept,
     )
-    return x_BTD, made.get(attention.PRESENT)
+    return x_BTD, made
 
   if c.remat != 'none':
     # prevent_cse guards against XLA undoing the recomputation; inside a scan it cannot, and the guard costs time.  A
     # scan of one layer is none for XLA.
     layer = jax.checkpoint(layer, prevent_cse=number == 1, policy=REMAT[c.remat])
-  x_BTD, present = jax.lax.scan(layer, x_BTD, (jnp.arange(number), keys, own, rest))
-  if remembers:
-    module.put_variable(attention.PRESENT, name, present)
+  x_BTD, made = jax.lax.scan(layer, x_BTD, (jnp.arange(number), keys, own, rest))
+  for collection, tree in made.items():
+    module.put_variable(collection, name, tree)
   return x_BTD

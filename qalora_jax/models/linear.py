@@ -83,7 +83,8 @@ class Scheme:
 
   `quantizers`: (pattern, quantizer) in order, the first whose pattern selects the weight's name counts; none, or a
   quantizer of None: dense.  A quantizer is called as quantizer(w, name).  Where weights train, only `method.QAT` acts.
-  `frozen_dtype`: of the frozen weights that stay dense.
+  `frozen_dtype`: of the frozen weights that stay dense.  `heads`: the names of modules of the model that train whatever
+  the rest does (PEFT's modules_to_save), each of which asks for its own scheme by `of`.
   """
 
   trains: bool = False
@@ -91,6 +92,11 @@ class Scheme:
   adapter: adapters.Adapter | None = None
   adapted: str = 'all'
   frozen_dtype: jnp.dtype = jnp.float32
+  heads: tuple[str, ...] = ()
+
+  def of(self, name: str) -> 'Scheme':
+    """The scheme of the model's module `name`: one of `heads` trains, dense and without an adapter."""
+    return dataclasses.replace(self, trains=True, quantizers=(), adapter=None) if name in self.heads else self
 
   def quantizer(self, name: str) -> Callable | None:
     """The quantizer of the weight called `name`, or None for a dense one."""
