@@ -29,7 +29,8 @@ def dataset():
       # Of records (one a line, a JSON list, or .parquet; .gz too): 'jsonl' (prompt/completion, input/output,
       # inputs/targets, text, or prompt/choices/answer), 'alpaca' (instruction/input/output), 'instances' (an
       # instruction and its input/output pairs), 'chip2' (`<human>: ...`, `<bot>: ...` in text), 'chosen' (a text).
-      # Others: 'text' (plain), 'pairs' (one `prompt || completion` a line).
+      # Others: 'text' (plain), 'pairs' (one `prompt || completion` a line), and the tasks of GLUE ('sst2', 'mrpc', ...:
+      # a file of it, or a directory, whose train part is meant).
       format='jsonl',
       # What stands between the documents of a plain text.  Empty: the file is one document.
       separator='',
@@ -50,7 +51,8 @@ def dataset():
       loss_on='completion',
       # Whether a document ends in the tokenizer's EOS, trained and scored like any token.
       append_eos=True,
-      # What happens to documents longer than the window: 'split' into windows or 'cut' at the window.
+      # What happens to documents longer than the window: 'split' into windows or 'cut' at the window (of a pair of
+      # sentences that have a label, what is longer; those are never split).
       overflow='split',
     )
   )

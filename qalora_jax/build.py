@@ -12,6 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from qalora_jax import adapters
 from qalora_jax import bases
@@ -33,6 +34,7 @@ from qalora_jax import stacks
 from qalora_jax import stored
 from qalora_jax import tensors
 from qalora_jax import tokenizer as tokenizer_lib
+from qalora_jax.data import batches
 from qalora_jax.data import examples
 from qalora_jax.data import recipes
 from qalora_jax.data import records
@@ -240,6 +242,29 @@ def encode(config, spec, tokenizer, model: nn.Module) -> list[examples.Example]:
     max_completion=config.data.max_completion,
   )
   return shares.convert(lambda: records.read(chosen), convert)
+
+
+def check_examples(config, key: str, encoded: list[examples.Example], model_config: layers.Config) -> None:
+  """ValueError where the examples of the dataset `key` are not what the model's own objective learns from."""
+  objective = families.of(model_config).objective(model_config)
+  wanted, family = {name for name in objective.arrays if name not in batches.PLACES}, model_config.family
+  if objective is objectives.LABELS and not model_config.labels:
+    raise ValueError(
+      f'the {family} of {config.model.source} has no classifier: set model.labels to the number of classes, or to 1 '
+      'for a number.'
+    )
+  if set(encoded[0]) != wanted:
+    found = 'sentences with labels' if 'labels' in encoded[0] else 'text'
+    right = 'sentences with labels (recipe = "sst2")' if 'labels' in wanted else 'text, or prompts and completions'
+    raise ValueError(f'{key} holds {found}, and a model of type {family!r} learns from {right}.')
+  if 'labels' in wanted and model_config.labels > 1:
+    labels = np.array([example['labels'][0] for example in encoded])
+    bad = labels[(labels != np.round(labels)) | (labels < 0) | (labels >= model_config.labels)]
+    if bad.size:
+      raise ValueError(
+        f'{key} holds the label {bad[0]:g}, and model.labels = {model_config.labels} stands for the classes 0 to '
+        f'{model_config.labels - 1}; for numbers (STS-B) set it to 1.'
+      )
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:

@@ -112,6 +112,7 @@ def assemble(
   One part is read at a time, and goes where `place` gathers them.
   """
   every = names(config, linear.starts({path.partition('/')[0] for path in blank}))
+  every = {path: of_path for path, of_path in every.items() if path in blank}
 
   def whole(path, a):
     return jax.ShapeDtypeStruct((len(every[path]), *a.shape) if is_stacked(path) else a.shape, a.dtype)

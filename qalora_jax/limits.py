@@ -20,6 +20,7 @@ _DATASETS = (
   'evaluate.generation',
   'calibration.text',
 )
+_GLUE = ('sst2', 'mrpc', 'rte', 'cola', 'mnli', 'mnli-mismatched', 'qnli', 'qqp', 'stsb')
 _DATASET_CHOICES = {
   'recipe': (
     '',
@@ -34,8 +35,9 @@ _DATASET_CHOICES = {
     'unnatural-instructions',
     'commonsense',
     'e2e',
+    *_GLUE,
   ),
-  'format': ('alpaca', 'jsonl', 'instances', 'chip2', 'chosen', 'text', 'pairs'),
+  'format': ('alpaca', 'jsonl', 'instances', 'chip2', 'chosen', 'text', 'pairs', *_GLUE),
   'template': ('alpaca', 'plain'),
   'loss_on': ('completion', 'all'),
   'overflow': ('split', 'cut'),

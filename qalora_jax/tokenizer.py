@@ -2,6 +2,7 @@
 
 import collections.abc
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -40,6 +41,22 @@ class Tokenizer:
   # {spelling: id} of tokens that `encode` does not find in a text; `encode_marked` does.  Those that a directory adds
   # to its SentencePiece model lie beyond vocab_size.
   marks: dict[str, int] = dataclasses.field(default_factory=dict)
+  # framed(first, second or None, limit) -> `Framed`: as an encoder reads sentences; None where the tokenizer does not
+  # say how.
+  framed: collections.abc.Callable[[str, str | None, int], 'Framed'] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Framed:
+  """A sentence or a pair between an encoder's marks: [CLS] first [SEP], or [CLS] first [SEP] second [SEP].
+
+  types: 0 for the first part and its marks, 1 for the second.  cut: tokens left out at the ends of the parts so that
+  there are at most `limit` (0: no limit), of the longer part first, as transformers' `longest_first` does.
+  """
+
+  ids: list[int]
+  types: list[int]
+  cut: int
 
 
 def load(directory) -> Tokenizer:
@@ -213,7 +230,30 @@ def _load_tokenizers(directory: pathlib.Path) -> Tokenizer:
     eos=_special_id(directory, backend, 'eos_token'),
     encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
     decode=lambda ids: backend.decode([int(token) for token in ids]),
+    # Two marks around one part, and one more after a second: what only adds BOS or EOS frames nothing.
+    framed=functools.partial(_frame, backend) if _marks(backend) == (2, 3) else None,
   )
+
+
+def _marks(backend: tokenizers.Tokenizer) -> tuple[int, int]:
+  return tuple(backend.num_special_tokens_to_add(pair) for pair in (False, True))
+
+
+def _frame(backend: tokenizers.Tokenizer, first: str, second: str | None, limit: int) -> Framed:
+  parts = [backend.encode(text, add_special_tokens=False) for text in (first, second) if text is not None]
+  lengths = [len(part.ids) for part in parts]
+  room = max(limit - _marks(backend)[len(parts) - 1], 0) if limit else sum(lengths)
+  kept = lengths
+  if sum(lengths) > room:
+    shorter = 0 if len(parts) == 1 else min(lengths)
+    # Where both are cut, the one that was longer (of two alike the second) has what does not divide by two.
+    shorter = shorter if 2 * shorter <= room else room // 2
+    longer = max(range(len(parts)), key=lambda index: (lengths[index], index))
+    kept = [room - shorter if index == longer else shorter for index in range(len(parts))]
+  for part, length in zip(parts, kept, strict=True):
+    part.truncate(length)
+  made = backend.post_process(*parts)
+  return Framed(made.ids, made.type_ids, sum(lengths) - sum(kept))
 
 
 def _special_id(directory: pathlib.Path, backend: tokenizers.Tokenizer, name: str) -> int | None:

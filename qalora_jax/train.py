@@ -82,8 +82,10 @@ def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemptio
   offloads = {'model.remat = "offload"': config.model.remat == 'offload', 'optim.offload = True': config.optim.offload}
   sharding.check_host_memory(mesh, [key for key, asked in offloads.items() if asked])
   tokenizer = build.tokenizer(config, built)
+  encoded = build.encode(config, config.data.train, tokenizer, built.model)
+  build.check_examples(config, 'data.train', encoded, built.model.config)
   train_data = batches.training(
-    build.encode(config, config.data.train, tokenizer, built.model),
+    encoded,
     **build.widths(config, built.model),
     batch=config.train.batch,
     packing=config.data.packing,
@@ -91,6 +93,8 @@ def _train(config, workdir: pathlib.Path, replace_config: bool, watch: preemptio
   )
   held_out = config.data.validation
   validation = build.encode(config, held_out, tokenizer, built.model) if build.names_data(held_out) else []
+  if validation:
+    build.check_examples(config, 'data.validation', validation, built.model.config)
   begins = bases.beginning(config)
   if built.directory is not None and stored.is_quantized(built.directory) and config.adapter.kind in adapters.KINDS:
     stored.check_beginning(built.directory, begins)

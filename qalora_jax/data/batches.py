@@ -17,6 +17,8 @@ import numpy as np
 from qalora_jax.data import examples as examples_lib
 
 Batch = dict[str, np.ndarray]
+# What a batch says beside the arrays of its examples.
+PLACES = ('segments', 'positions', 'input_segments')
 
 
 def training(

@@ -21,8 +21,9 @@ def samples(
   """`count` windows of `length` tokens [count, length], int32, drawn without replacement by `seed`, as drawn.
 
   All documents (a BOS, if the tokenizer has one, and the text, or prompt and completion, tokenized apart as
-  `examples.encode` does) are joined in order into one stream.  The stream is cut into consecutive windows; what
-  remains at its end, less than a window, is left out.  Where there are fewer windows than `count`, all are drawn.
+  `examples.encode` does; sentences with labels between [CLS] and [SEP]) are joined in order into one stream.  The
+  stream is cut into consecutive windows; what remains at its end, less than a window, is left out.  Where there are
+  fewer windows than `count`, all are drawn.
   A smaller count draws the first of those that a larger one draws.
 
   GPTQ (Frantar et al., 2022, section 4) calibrates on 128 random windows of 2048 tokens of C4.  Its code draws them
@@ -51,6 +52,10 @@ def _encode(document: records.Document, tokenizer: tokenizer_lib.Tokenizer, path
       parts = [text]
     case records.Pair(prompt, completion):
       parts = [prompt, completion]
+    case records.Labelled(first, second):
+      if tokenizer.framed is None:
+        raise ValueError(f'{path} holds sentences with labels, for encoders; the tokenizer has no [CLS] and [SEP]')
+      return np.array(tokenizer.framed(first, second, 0).ids, np.int32)
     case _:
       raise ValueError(f'{path} holds choices to be scored; calibrate on prompt and completion, or on text')
   bos = [] if tokenizer.bos is None else [tokenizer.bos]

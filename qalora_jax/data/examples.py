@@ -36,6 +36,8 @@ def encode(
   leaves free in the window; a completion with its EOS is cut at its end, to `max_completion` and to the window
   (0: no limit).  A pair is never split, whatever `overflow` says.
 
+  A sentence with a label: `encode_labelled`.
+
   A tokenizer without BOS or EOS writes none.  Raises ValueError for an unknown choice, a window below 2, a negative
   limit, a question, and a document that leaves no target.
   """
@@ -53,6 +55,8 @@ def encode(
       completion_ids = (tokenizer.encode(completion) + eos)[: max_completion or None]
       bos = _bos(tokenizer)
       examples = [_join(bos, given[len(bos) :], completion_ids, window=window, loss_on=loss_on)]
+    case records.Labelled():
+      examples = [encode_labelled(document, tokenizer, window=window, cuts=overflow == 'cut')]
     case _:
       raise ValueError(
         f'{_name(document)} has choices to be scored, not learnt; train and validate on prompt and completion, or text'
@@ -104,6 +108,34 @@ def encode_input(prompt: str, tokenizer: tokenizer_lib.Tokenizer, max_prompt: in
   if not inputs:
     raise ValueError(f'the prompt {prompt!r:.80} has no token, and this tokenizer no EOS')
   return inputs
+
+
+def encode_labelled(
+  document: records.Labelled, tokenizer: tokenizer_lib.Tokenizer, *, window: int, cuts: bool
+) -> Example:
+  """[CLS] first [SEP], or [CLS] first [SEP] second [SEP], with types; the label (float32) and loss_mask 1 at [CLS].
+
+  What is longer than the window is cut (`tokenizer.Framed`) where it `cuts`, and a ValueError where not.  Raises
+  ValueError for a tokenizer that does not frame sentences.
+  """
+  if tokenizer.framed is None:
+    raise ValueError(
+      f'{_name(document)} is a sentence with a label, which an encoder reads between [CLS] and [SEP]; the tokenizer '
+      "has no such marks (the post_processor of a BERT's tokenizer.json): check model.source and model.tokenizer"
+    )
+  framed = tokenizer.framed(document.first, document.second, window)
+  if framed.cut and not cuts:
+    raise ValueError(
+      f'{_name(document)} is {framed.cut} tokens longer than the window of {window}: raise data.window, or let it be '
+      'cut (overflow = "cut")'
+    )
+  first = (np.arange(len(framed.ids)) == 0).astype(np.int32)
+  return {
+    'tokens': np.asarray(framed.ids, np.int32),
+    'loss_mask': first,
+    'types': np.asarray(framed.types, np.int32),
+    'labels': first.astype(np.float32) * np.float32(document.label),
+  }
 
 
 def encode_prompt(prompt: str, tokenizer: tokenizer_lib.Tokenizer, max_prompt: int = 0) -> list[int]:

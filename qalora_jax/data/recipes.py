@@ -11,6 +11,7 @@ A file of `@refs/convert/parquet` is the hub's own conversion of all files of a 
 import dataclasses
 import difflib
 
+from qalora_jax.data import glue
 from qalora_jax.data import records
 
 # What a recipe decides, where the source has the default of `records.Source`.
@@ -132,6 +133,18 @@ RECIPES = {
       format='pairs',
     ),
   )
+} | {
+  task.name: Recipe(
+    task.name,
+    f'hf://datasets/{glue.HUB}/{task.hub}/train-00000-of-00001.parquet',
+    task.documents,
+    f'{task.paper}, of GLUE (Wang et al., 2019)',
+    f'train.tsv of {task.folder} in the archive of gluebenchmark.com',
+    format=task.name,
+    # A sentence is longer than the window or it is not: what is left of it still has its label.
+    overflow='cut',
+  )
+  for task in glue.TASKS.values()
 }
 
 

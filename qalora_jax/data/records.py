@@ -5,6 +5,7 @@ import dataclasses
 import string
 
 from qalora_jax.data import files
+from qalora_jax.data import glue
 from qalora_jax.data import mixture
 
 # Stanford Alpaca, train.py (tatsu-lab/stanford_alpaca), word for word.
@@ -77,7 +78,16 @@ class Question:
   answer: int
 
 
-Document = Text | Pair | Question
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+  """A sentence, or a pair of them, and what is to be said of it: the index of a class, or a number."""
+
+  first: str
+  second: str | None
+  label: float
+
+
+Document = Text | Pair | Question | Labelled
 
 
 def read(source: Source) -> list[Document]:
@@ -103,6 +113,9 @@ def read(source: Source) -> list[Document]:
   'text': split at `separator`, stripped, empty documents dropped; without a separator the file is one document.
   'pairs': a line `prompt || completion`, split once at `separator` (default `||`), both sides stripped.
 
+  Formats of GLUE, 'sst2', 'mrpc', ...: labelled sentences, from GLUE's own file (or the train part of a directory of
+  them) or from records with the hub's fields (`data.glue`).
+
   A record names its task as task, template, task_name or _task_name, the first that it has; it must have one only if
   `task` or `per_task` asks for it.
 
@@ -113,7 +126,7 @@ def read(source: Source) -> list[Document]:
   line (or record index) and field for the first record that does not fit, for broken gzip, UTF-8, JSON or Parquet, for
   an hf:// path of another form, for a recipe that `recipes.resolve` has not looked up, and if no document is left.
   """
-  formats = (*_RECORDS, *_TEXTS)
+  formats = (*_RECORDS, *_TEXTS, *glue.TASKS)
   if source.recipe:
     raise ValueError(f'recipe {source.recipe!r} is a name, not settings; pass the source through recipes.resolve')
   if source.format not in formats:
@@ -121,13 +134,17 @@ def read(source: Source) -> list[Document]:
   if source.template not in ('alpaca', 'plain'):
     raise ValueError(f'template {source.template!r} is unknown; choose alpaca or plain')
   by_task = bool(source.task or source.per_task)
-  if source.format in _TEXTS:
+  if source.format not in _RECORDS:
     if by_task:
       raise ValueError(
         f'{source.path}: format {source.format!r} names no tasks; leave task empty and per_task 0, or write records '
         'of JSON with a task'
       )
-    documents = _TEXTS[source.format](source, files.text(source.path))
+    if source.format in _TEXTS:
+      documents = _TEXTS[source.format](source, files.text(source.path))
+    else:
+      _require_plain(source.template, source.path)
+      documents = [Labelled(*one) for one in glue.read(glue.TASKS[source.format], source.path)]
     tasks = [''] * len(documents)
   else:
     documents, tasks = [], []

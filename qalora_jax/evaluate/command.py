@@ -13,6 +13,7 @@ import numpy as np
 from qalora_jax import adapted
 from qalora_jax import build
 from qalora_jax import config as config_lib
+from qalora_jax import families
 from qalora_jax import hosts
 from qalora_jax import objectives
 from qalora_jax import progress
@@ -22,6 +23,7 @@ from qalora_jax.data import records
 from qalora_jax.evaluate import answers
 from qalora_jax.evaluate import choices
 from qalora_jax.evaluate import generation
+from qalora_jax.evaluate import labels
 from qalora_jax.evaluate import loglikelihood
 from qalora_jax.evaluate import perplexity
 from qalora_jax.evaluate import tasks
@@ -58,10 +60,10 @@ class Wanted:
   """
 
   label: str
-  task: tasks.Task | tasks.Text | None
+  task: tasks.Task | tasks.Text | tasks.Labelled | None
   name: str
   shots: int | None
-  content: list[tasks.Item] | str | list
+  content: list[tasks.Item] | list[records.Labelled] | str | list
 
 
 def main(argv=None) -> list[dict]:
@@ -111,6 +113,8 @@ def read(config) -> list[Wanted]:
     task = tasks.TASKS[name]
     if isinstance(task, tasks.Text):
       content = task.text(settings.data, settings.split)
+    elif isinstance(task, tasks.Labelled):
+      content = task.documents(settings.data, settings.split, settings.limit)
     else:
       content = task.items(settings.data, split=settings.split, shots=shots, limit=settings.limit)
     found.append(Wanted(label, task, name, shots, content))
@@ -136,7 +140,7 @@ def _asked_of_harness(config) -> list[Wanted]:
   settings, asked = config.evaluate, {}
   for label in _labels(settings.tasks):
     name, at, shots = label.partition('@')
-    if name in tasks.TASKS:
+    if name in tasks.TASKS and not isinstance(tasks.TASKS[name], tasks.Labelled):
       ((name, shots),) = tasks.parse(label)
     elif at and not re.fullmatch(r'\d+', shots, re.ASCII):
       raise ValueError(f'evaluate.tasks: {label!r}: shots are a number, as in {name}@5')
@@ -170,6 +174,7 @@ def _scores(
       'nothing to score: set evaluate.text.path, evaluate.choices.path or evaluate.generation.path, or name --tasks.'
     )
   _check_scorable(loaded, settings, wanted)
+  _check_head(loaded.model.config, settings, wanted, harness)
   folder = pathlib.Path(workdir) / 'answers' if workdir else None
   prompts, references = _continued(loaded, config)
   mesh = build.make_mesh(config)
@@ -207,6 +212,8 @@ def _scores(
   for one, ready in zip(wanted, prepared, strict=True):
     if harness:
       columns, detail = _harness(loaded, config, one, mesh)
+    elif isinstance(one.task, tasks.Labelled):
+      columns, detail = _labelled(loaded, config, one, ready, mesh)
     elif isinstance(one.task, tasks.Text):
       columns, detail = _text(loaded, config, one, ready, mesh)
     else:
@@ -250,6 +257,11 @@ def _prepared(loaded: build.Loaded, config, one: Wanted) -> list:
     except ValueError as error:
       raise ValueError(f'{one.label}: {error}') from error
   window = loaded.model.config.max_position_embeddings
+  if isinstance(one.task, tasks.Labelled):
+    frame = functools.partial(
+      examples.encode_labelled, tokenizer=loaded.tokenizer, window=window, cuts=settings.overflow == 'cut'
+    )
+    return [frame(document) for document in one.content]
   return choices.ask(one.content, loaded.tokenizer, name=one.label, window=window, overflow=settings.overflow)
 
 
@@ -271,6 +283,43 @@ def _text(loaded: build.Loaded, config, one: Wanted, windows: list, mesh) -> tup
   found = perplexity.score(loaded.model, loaded.variables, examples=windows, **common)
   detail = {'split': settings.split or one.task.split, 'window': config.data.window, 'tokens': found['tokens']}
   return {f'{one.label}/perplexity': found['perplexity']}, detail
+
+
+def _labelled(loaded: build.Loaded, config, one: Wanted, ready: list, mesh) -> tuple[dict, dict]:
+  """A task of sentences with labels, as GLUE measures it."""
+  made = labels.outputs(
+    loaded.model, loaded.variables, examples=ready, batch=config.evaluate.batch, mesh=mesh, label=one.label
+  )
+  measured = one.task.metrics(made, [document.label for document in one.content])
+  detail = {'split': config.evaluate.split or one.task.split, 'questions': len(one.content)}
+  if 'standard_error' in measured:
+    detail['standard_error'] = measured.pop('standard_error')
+  return {f'{one.label}/{name}': value for name, value in measured.items()}, detail
+
+
+def _check_head(model: layers.Config, settings, wanted: list[Wanted], harness: bool) -> None:
+  """ValueError where a task needs another head than the model has: one for labels, or one for the next token."""
+  labelled = {one.label: one.task for one in wanted if isinstance(one.task, tasks.Labelled) and not harness}
+  if families.of(model).objective(model) is not objectives.LABELS:
+    if labelled:
+      raise ValueError(
+        f'{next(iter(labelled))} asks for the label of a sentence, and a model of type {model.family!r} has no '
+        'classifier; lm-evaluation-harness has such tasks for it (--harness).'
+      )
+    return
+  others = [one.label for one in wanted if one.label not in labelled]
+  others += [f'evaluate.{key}' for key in ('text', 'choices', 'generation') if build.names_data(settings[key])]
+  if others:
+    raise ValueError(
+      f'{", ".join(others)}: this needs a model of the next token, and one of type {model.family!r} says labels of '
+      'sentences. Name tasks of GLUE, without --harness: --tasks=sst2.'
+    )
+  for name, task in labelled.items():
+    if task.classes != model.labels:
+      raise ValueError(
+        f'{name} needs a classifier of {task.classes} output(s), and the model has {model.labels or "none"}: train one '
+        f'with model.labels = {task.classes}.'
+      )
 
 
 def _questions(

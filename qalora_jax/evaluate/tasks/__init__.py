@@ -4,14 +4,18 @@ import difflib
 import re
 
 from qalora_jax.evaluate.tasks import commonsense
+from qalora_jax.evaluate.tasks import glue
 from qalora_jax.evaluate.tasks import mmlu
 from qalora_jax.evaluate.tasks import texts
 from qalora_jax.evaluate.tasks.task import Item as Item
+from qalora_jax.evaluate.tasks.task import Labelled as Labelled
 from qalora_jax.evaluate.tasks.task import Task as Task
 from qalora_jax.evaluate.tasks.task import Text as Text
 from qalora_jax.evaluate.tasks.task import by_group as by_group
 
-TASKS: dict[str, Task | Text] = {one.name: one for one in (mmlu.TASK, *commonsense.TASKS, *texts.TASKS)}
+TASKS: dict[str, Task | Text | Labelled] = {
+  one.name: one for one in (mmlu.TASK, *commonsense.TASKS, *texts.TASKS, *glue.TASKS)
+}
 
 
 def parse(spec: str) -> list[tuple[str, int]]:

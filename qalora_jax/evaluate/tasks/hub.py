@@ -1,5 +1,8 @@
 """Documents of the Hugging Face hub, through the `datasets` package."""
 
+# A part of a data set that is one file.
+PARQUET = 'hf://datasets/{repository}/{folder}/{name}-00000-of-00001.parquet'
+
 
 def load(path: str, name: str | None, split: str, *, way_out: str, **options) -> list[dict]:
   """The rows of one part of a data set; `way_out` says which files serve instead.

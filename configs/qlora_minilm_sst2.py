@@ -1,0 +1,11 @@
+"""LoRA, rank 16, on MiniLM-L6 in NF4 with double quantization: SST-2 of GLUE.
+
+qalora train --config=configs/qlora_minilm_sst2.py --workdir=runs/qlora_minilm_sst2
+qalora evaluate --workdir=runs/qlora_minilm_sst2 --tasks=sst2 --config.evaluate.data=glue
+"""
+
+from configs import minilm
+
+
+def get_config():
+  return minilm.finetune('sst2', 'qlora')
