@@ -19,6 +19,7 @@ from qalora_jax import objectives
 from qalora_jax import progress
 from qalora_jax import quant
 from qalora_jax import report
+from qalora_jax.data import examples
 from qalora_jax.data import records
 from qalora_jax.evaluate import answers
 from qalora_jax.evaluate import choices
