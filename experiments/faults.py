@@ -40,7 +40,7 @@ from qalora_jax import build
 from qalora_jax import checkpoint
 from qalora_jax import cli
 from qalora_jax import report
-from qalora_jax import train  # noqa: F401  loaded before the forks
+from qalora_jax import train  # loaded before the forks
 
 RESULTS = pathlib.Path(__file__).resolve().parent / 'results' / 'faults'
 # Steps to go for every kill, more than a start does on the average; steps between checkpoints.
@@ -125,7 +125,7 @@ def logged(workdir: pathlib.Path) -> list[dict]:
   """The whole lines of metrics.jsonl, without the clock."""
   path = workdir / METRICS
   rows = [json.loads(line) for line in path.read_text().split('\n')[:-1]] if path.exists() else []
-  return [{name: value for name, value in row.items() if name != 'tokens_per_second'} for row in rows]
+  return [{name: value for name, value in row.items() if name not in train.SPEEDS} for row in rows]
 
 
 def last(workdir: pathlib.Path) -> int:

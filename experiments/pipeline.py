@@ -59,6 +59,12 @@ def made(recipe: str, overrides: dict, root: pathlib.Path) -> tuple[pathlib.Path
   return model, found
 
 
+def training(recipe: str, overrides: dict, root: pathlib.Path) -> pathlib.Path:
+  """The workdir of a run's training, done if it is not yet."""
+  own, root = _parts(recipe, overrides)[0], pathlib.Path(root)
+  return _trained(recipe, own, _base(recipe, own, root / 'bases'), root / 'trained')[0]
+
+
 def checked(recipe: str, overrides: dict) -> ml_collections.ConfigDict:
   """The config of the run's training; ValueError names every key and value of the run that cannot be."""
   own, again, which = _parts(recipe, overrides)

@@ -45,6 +45,10 @@ _HOSTS = (
 )
 
 
+# What of a line of metrics.jsonl depends on the machine.
+SPEEDS = ('tokens_per_second', 'seconds_per_step')
+
+
 class Diverged(ValueError):
   """A loss that is not a finite number; the last good checkpoint is kept."""
 
@@ -187,7 +191,7 @@ def _loop(config, state, frozen, data, *, program, score, manager, log, watch) -
       _check_finite(done, jax.device_get(losses), manager.directory)
       checkpoint.check(manager)
       seconds, since = time.monotonic() - since, time.monotonic()
-      speed = tokens / seconds
+      speed, each = tokens / seconds, seconds / len(losses)
       losses, tokens = [], 0
       if logs:
         log.write(
@@ -196,7 +200,7 @@ def _loop(config, state, frozen, data, *, program, score, manager, log, watch) -
           grad_norm=metrics['grad_norm'],
           learning_rate=program.rate(done - 1),
           **{program.objective.unit: metrics[program.objective.unit]},
-          tokens_per_second=speed,
+          **dict(zip(SPEEDS, (speed, each), strict=True)),
         )
       bar.advance(text=f'loss {float(metrics["loss"]):.4f}  {speed:,.0f} tokens/s')
       if validates:

@@ -107,7 +107,7 @@ def warnings(capsys):
 def curve(workdir):
   """The metrics without the clock."""
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [{name: value for name, value in row.items() if name != 'tokens_per_second'} for row in rows]
+  return [{name: value for name, value in row.items() if name not in train.SPEEDS} for row in rows]
 
 
 def params(workdir):

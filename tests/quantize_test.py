@@ -17,6 +17,7 @@ from qalora_jax import inspection
 from qalora_jax import packed
 from qalora_jax import quant
 from qalora_jax import quantize
+from qalora_jax import train
 from qalora_jax.evaluate import command as evaluate
 from qalora_jax.models import linear
 from qalora_jax.quant import qtensor
@@ -39,7 +40,7 @@ def calibrated(text):
 
 def rows(workdir):
   found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [{name: value for name, value in row.items() if name != 'tokens_per_second'} for row in found]
+  return [{name: value for name, value in row.items() if name not in train.SPEEDS} for row in found]
 
 
 def test_the_directory_is_what_quantizing_on_load_gives(quantized, recipe):

@@ -74,7 +74,7 @@ def rows(workdir):
 
 def curve(workdir):
   """The metrics without the clock."""
-  return [{name: value for name, value in row.items() if name != 'tokens_per_second'} for row in rows(workdir)]
+  return [{name: value for name, value in row.items() if name not in train.SPEEDS} for row in rows(workdir)]
 
 
 def losses(workdir):
@@ -134,7 +134,7 @@ def test_a_finished_run_is_left_alone(copied, qalora):
 def test_metrics_and_tensorboard(run):
   workdir = run('qalora')
   assert [row['step'] for row in rows(workdir) if 'loss' in row] == list(range(1, 9))
-  names = {'step', 'loss', 'grad_norm', 'learning_rate', 'tokens', 'tokens_per_second'}
+  names = {'step', 'loss', 'grad_norm', 'learning_rate', 'tokens', *train.SPEEDS}
   assert all(set(row) == names for row in rows(workdir) if 'loss' in row)
   assert [row['step'] for row in rows(workdir) if 'validation_loss' in row] == [4, 8]
   assert [path.stat().st_size > 0 for path in (workdir / 'tensorboard').iterdir()] == [True]
