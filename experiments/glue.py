@@ -70,10 +70,9 @@ def grid() -> list[tuple[str, int | None, str, dict]]:
   return rows
 
 
-def measure(
-  task: str, method: str, bits: int | None, kind: str, overrides: dict, seed: int, data: pathlib.Path
-) -> dict:
-  """The row of one run."""
+def measure(task: str, row: tuple[str, int | None, str, dict], seed: int, data: pathlib.Path) -> dict:
+  """What became of a row of `grid` with this seed."""
+  method, bits, kind, overrides = row
   folder, part, steps, batch = TASKS[task]
   place = data / folder
   looks = 'gptq' in (overrides.get('base.method'), overrides.get('then.base.method'))
