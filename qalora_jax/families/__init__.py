@@ -20,20 +20,16 @@ __all__ = ['FAMILIES', 'Family', 'Headed', 'View', 'find', 'of']
 
 _DECODERS = (llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA2, gemma.GEMMA3, phi.PHI3, gpt2.GPT2)
 FAMILIES = {family.model_type: family for family in (*_DECODERS, bert.BERT, t5.T5)}
-# What some that look supported are.
-_OTHERS = {
-  'gemma3': 'a text model beside a vision tower; save the text model alone, as "gemma3_text" (transformers: '
-  'Gemma3ForCausalLM.from_pretrained(...).save_pretrained(...))',
-}
+# What holds a model of a family beside another model; only read.
+_AROUND = {family.model_type: family for family in (gemma.GEMMA3_BESIDE_VISION,)}
 
 
 def find(model_type) -> Family:
   """The family of a config.json's model_type; ValueError with the known ones for another."""
-  if model_type in _OTHERS:
-    raise ValueError(f'model_type is {model_type!r}, {_OTHERS[model_type]}.')
-  if model_type not in FAMILIES:
-    raise ValueError(f'model_type is {model_type!r}; supported: {", ".join(FAMILIES)}.')
-  return FAMILIES[model_type]
+  known = FAMILIES | _AROUND
+  if model_type not in known:
+    raise ValueError(f'model_type is {model_type!r}; supported: {", ".join(known)}.')
+  return known[model_type]
 
 
 def of(config) -> Family:

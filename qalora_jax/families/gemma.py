@@ -1,4 +1,4 @@
-"""Gemma 2 and the text model of Gemma 3 as Hugging Face keeps them.
+"""Gemma 2 and the text model of Gemma 3, alone or beside its vision tower, as Hugging Face keeps them.
 
 Beside LLaMA both have scales that are stored as their distance from 1, norms behind attention and mlp, embeddings times
 D^(1/2), a scale of scores of their own, GELU, and layers that see a window between those that see everything.  Gemma 2
@@ -7,6 +7,8 @@ their own.
 """
 
 from collections.abc import Mapping
+import dataclasses
+import re
 
 from qalora_jax.families import family
 from qalora_jax.families import llama
@@ -18,6 +20,18 @@ _REQUIRED = ('num_key_value_heads', 'max_position_embeddings', 'head_dim')
 _DEFAULTS = {'tie_word_embeddings': True, _ACTIVATION: 'gelu_pytorch_tanh'}
 # None means no: transformers 5 writes it so.
 _BOTH_WAYS = 'use_bidirectional_attention'
+# What a text_config beside a vision tower leaves to transformers.
+_TEXT = dict(
+  vocab_size=262208,
+  hidden_size=2304,
+  intermediate_size=9216,
+  num_hidden_layers=26,
+  num_attention_heads=8,
+  num_key_value_heads=4,
+  head_dim=256,
+  max_position_embeddings=131072,
+)
+_TOWER = re.compile(r'(model\.)?(vision_tower|multi_modal_projector)\.')
 # Gemma 3's bases of rotary positions where nothing is said, of all places and of a window.
 _THETA, _LOCAL_THETA = 1e6, 1e4
 
@@ -94,6 +108,28 @@ def read_3(raw: Mapping, **placed) -> decoder.Config:
   )
 
 
+def read_beside_vision(raw: Mapping, **placed) -> decoder.Config:
+  """The config of the text model in the config.json of a Gemma 3 that sees images too; `placed`: dtype, remat."""
+  text = raw.get('text_config')
+  if not isinstance(text, Mapping):
+    raise ValueError('has no "text_config"; copy the config.json that was published with the weights.')
+  return read_3(_TEXT | text, **placed)
+
+
+def called(name: str) -> str:
+  """The name in a text model alone of one in a model with a vision tower."""
+  return re.sub(r'^(language_model\.(?=model\.|lm_head\.)|model\.language_model\.)', _outer, name)
+
+
+def _outer(match: re.Match) -> str:
+  return 'model.' if match[0].startswith('model.') else ''
+
+
+def ignored(config: decoder.Config, name: str) -> bool:
+  """What LLaMA's ignores, and the vision tower."""
+  return llama.ignored(config, name) or _TOWER.match(name) is not None
+
+
 def write_3(config: decoder.Config) -> dict:
   """What config.json says of a Gemma 3; of rotary positions in the words of transformers 5 and of earlier ones."""
   thetas = {decoder.FULL: config.rope_theta, decoder.SLIDING: config.local_theta}
@@ -122,5 +158,8 @@ GEMMA3 = family.Family(
   read=read_3,
   write=write_3,
   names=llama.names,
-  ignored=llama.ignored,
+  ignored=ignored,
+  called=called,
 )
+# Read alone: what is written is the text model.
+GEMMA3_BESIDE_VISION = dataclasses.replace(GEMMA3, model_type='gemma3', read=read_beside_vision)
