@@ -1,4 +1,4 @@
-"""BERT: its numbers are transformers', packed or not; it trains with its head, goes on, merges, and is read elsewhere."""
+"""BERT: its numbers are transformers', packed or not; it trains with its head, goes on, merges, is read elsewhere."""
 
 import dataclasses
 import functools
@@ -54,12 +54,11 @@ def get_config():
 """
 
 
-def opened(directory, labels=0, scheme=linear.Scheme(), **changed):
+def opened(directory, labels=0):
   """(model, its frozen weights) of a directory."""
   config = hf.read_config(directory)
   headed = families.of(config).headed(config, labels, functools.partial(hf.held, directory, config))
-  config = dataclasses.replace(headed.config, **changed)
-  return families.of(config).module(config, scheme), hf.load(directory, config, scheme)
+  return families.of(config).module(headed.config), hf.load(directory, headed.config, linear.Scheme())
 
 
 def sentences(rows=3, T=20, vocabulary=24, seed=0):
@@ -402,7 +401,7 @@ def test_exports_say_the_same(trained, run, tmp_path, data):
 
 
 def test_calibrated_bases_hold_what_was_pretrained(run, tmp_path, pretrained, data, trained):
-  """GPTQ with refined offsets goes through the encoder; the base has the pooler, and no classifier till it is trained."""
+  """GPTQ with refined offsets goes through the encoder; the base has the pooler, and only a trained classifier."""
   words = ('base.method=gptq', 'base.bits=3', 'base.refine=true', 'calibration.samples=8', 'calibration.length=24')
   words += ('calibration.text.recipe=sst2', f'calibration.text.path={data}')
   run('quantize', tmp_path / 'base', *words)

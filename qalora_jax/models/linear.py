@@ -189,7 +189,8 @@ class Linear(nn.Module):
     if not self.biased:
       return y
     init = dense_init(self.scheme, nn.initializers.zeros, (self.features,), self.axes[1:])
-    return y + weight(self, self.scheme, 'bias', init).astype(y.dtype)
+    bias = weight(self, self.scheme, 'bias', init).astype(y.dtype)
+    return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
 
   def _product(self, x):
     kernel = weight(self, self.scheme, 'kernel', self._kernel_init(x.shape[-1]))
