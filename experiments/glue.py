@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import statistics
 
 import matplotlib
@@ -55,11 +56,8 @@ def methods() -> dict[str, tuple[str, dict]]:
       made[f'QA-LoRA, {name}, {bits} bits'] = ('qalora', base | {'base.bits': bits, 'base.group': 32})
     for name in ('RTN', 'GPTQ + refined'):
       again = {f'{pipeline.THEN}{key}': value for key, value in _BASES[name].items()}
-      again |= {
-        f'{pipeline.THEN}base.bits': bits,
-        f'{pipeline.THEN}base.group': 32,
-        f'{pipeline.THEN}base.double': False,
-      }
+      form = {'base.bits': bits, 'base.group': 32, 'base.double': False}
+      again |= {f'{pipeline.THEN}{key}': value for key, value in form.items()}
       made[f'QLoRA, merged, {name}, {bits} bits'] = ('qlora', again)
   return made
 
@@ -146,9 +144,7 @@ def render() -> None:
     for row in rows:
       if row['task'] == task:
         # Methods that differ in their bits alone are one line.
-        line = lines.setdefault(
-          row['method'].partition(f', {BITS[0]} bits')[0].rsplit(' bits')[0].rstrip(', 0123456789'), {}
-        )
+        line = lines.setdefault(re.sub(r', \d bits$', '', row['method']), {})
         line.setdefault(row['bits_per_weight'], []).append(100 * row['accuracy'])
     panel.set_prop_cycle(color=plt.get_cmap('tab10').colors)
     for name, points in lines.items():
