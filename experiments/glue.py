@@ -15,8 +15,8 @@ experiments/results/glue.{json,md,png}; --render only renders the last two.
 
 Read the table by task: `accuracy` and `f1` are means over seeds with the sample standard deviation; beside it a score
 of one model has a standard error, of about 0.9 points on SST-2 and 1.7 on MRPC.  `bytes` are those of all weights that
-are deployed, the embedding of 30,522 words among them (46.9 million bytes in float32; no method here quantizes it), `bits
-per weight` those of the blocks' matrices with their adapters.  `seconds a step` are medians over a run's log, on a
+are deployed, the embedding of 30,522 words among them (46.9 million bytes in float32; no method here quantizes it),
+`bits per weight` those of the blocks' matrices with their adapters.  `seconds a step` are medians over a run's log, on a
 machine that may do other work too.
 """
 
@@ -41,8 +41,11 @@ from qalora_jax import report
 RUNS = pathlib.Path('runs/glue')
 RESULTS = pathlib.Path('experiments/results/glue')
 SEEDS, BITS = (0, 1, 2), (4, 3, 2)
-# By task: the folder of its files, the part that is GLUE's dev part, steps, rows a step.
-TASKS = {'sst2': ('SST-2', 'test', 600, 4), 'mrpc': ('MRPC', 'dev', 150, 16)}
+# By task: the folder of its files, the part of these that is GLUE's dev part, its measures, steps (of four rows).
+TASKS = {
+  'sst2': ('SST-2', 'test', ('accuracy',), 600),
+  'mrpc': ('MRPC', 'validation', ('accuracy', 'f1'), 600),
+}
 WINDOWS = 64
 GPTQ = {'base.method': 'gptq'}
 BASES = {
@@ -73,13 +76,12 @@ def grid() -> list[tuple[str, int | None, str, dict]]:
 def measure(task: str, row: tuple[str, int | None, str, dict], seed: int, data: pathlib.Path) -> dict:
   """What became of a row of `grid` with this seed."""
   method, bits, kind, overrides = row
-  folder, part, steps, batch = TASKS[task]
+  folder, part, measures, steps = TASKS[task]
   place = data / folder
   looks = 'gptq' in (overrides.get('base.method'), overrides.get('then.base.method'))
   settings = {
     'seed': seed,
     'train.steps': steps,
-    'train.batch': batch,
     'train.checkpoint_every': steps,
     'optim.warmup_steps': steps // 10,
     'data.train.path': str(place / 'train.tsv'),
@@ -92,17 +94,17 @@ def measure(task: str, row: tuple[str, int | None, str, dict], seed: int, data: 
     'calibration.samples': WINDOWS,
     'evaluate.tasks': task,
     'evaluate.data': str(data),
-    'evaluate.split': part if part == 'test' else 'validation',
+    'evaluate.split': part,
   }
   recipe = f'configs/{kind}_minilm_{task}.py'
   found = pipeline.result(recipe, settings | overrides, RUNS)
   log = pipeline.training(recipe, settings | overrides, RUNS) / 'metrics.jsonl'
   steps_took = [line['seconds_per_step'] for line in map(json.loads, log.read_text().splitlines()) if 'loss' in line]
-  scores = {name: found[f'{task}_{name}'] for name in SCORES if f'{task}_{name}' in found}
   return {
-    'task': task, 'method': method, 'bits': bits, 'seed': seed, **scores, 'bytes': found['bytes'],
+    'task': task, 'method': method, 'bits': bits, 'seed': seed,
+    **{name: found[f'{task}/{name}'] for name in measures}, 'bytes': found['bytes'],
     'bits_per_weight': found['bits_per_weight'], 'trained_parameters': found['trained_parameters'],
-    'seconds_per_step': statistics.median(steps_took), 'steps': steps, 'rows_a_step': batch,
+    'seconds_per_step': statistics.median(steps_took), 'steps': steps,
     'commit': report.commit(),
   }  # fmt: skip
 

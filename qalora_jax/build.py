@@ -253,6 +253,11 @@ def check_examples(config, key: str, encoded: list[examples.Example], model_conf
       f'the {family} of {config.model.source} has no classifier: set model.labels to the number of classes, or to 1 '
       'for a number.'
     )
+  if objective is objectives.LABELS and config.data.window > model_config.max_position_embeddings:
+    raise ValueError(
+      f'data.window = {config.data.window}, and the model has {model_config.max_position_embeddings} positions, each '
+      f'of them learned: set data.window={model_config.max_position_embeddings} or less.'
+    )
   if set(encoded[0]) != wanted:
     found = 'sentences with labels' if 'labels' in encoded[0] else 'text'
     right = 'sentences with labels (recipe = "sst2")' if 'labels' in wanted else 'text, or prompts and completions'

@@ -8,7 +8,7 @@ import tokenizers
 
 GOOD, BAD = ('good', 'fine', 'great', 'lovely'), ('bad', 'poor', 'dull', 'sad')
 WORDS = (*GOOD, *BAD, 'film', 'play', 'plot', 'the', 'a', 'was', 'it', 'un')
-VOCABULARY = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *WORDS, '##s', '##ly', '.', 'x')
+VOCABULARY = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *WORDS, '##s', '##ly', '.')
 SIZES = dict(
   vocab_size=len(VOCABULARY),
   hidden_size=32,

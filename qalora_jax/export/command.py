@@ -96,6 +96,11 @@ def _check_values(values: dict) -> None:
 def export_adapter(loaded: build.Loaded, output: pathlib.Path, convention: str) -> None:
   """Writes the adapter in PEFT's form and reads it back.  Raises ValueError as `peft.write`."""
   config, params = loaded.model.config, loaded.variables['params']
+  if heads := loaded.model.scheme.heads:
+    raise ValueError(
+      f'the {" and the ".join(heads)} trained beside the adapter, and --format=peft writes adapters alone: merge them '
+      'into a model with --format=qalora or hf.'
+    )
   base = str(loaded.origin['source'])
   with tensors.fresh(output) as temporary:
     peft.write(temporary, config, params, base=base, convention=convention)

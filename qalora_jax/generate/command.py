@@ -11,7 +11,9 @@ from qalora_jax import adapted
 from qalora_jax import build
 from qalora_jax import cli
 from qalora_jax import config as config_lib
+from qalora_jax import families
 from qalora_jax import hosts
+from qalora_jax import objectives
 from qalora_jax import progress
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import records
@@ -55,6 +57,9 @@ def main(argv=None) -> str | list[dict]:
     raise ValueError(f'--output={output} exists; name another file or remove it first.')
   asked = records.prompts(values['prompts']) if values['prompts'] else []
   model = adapted.open_any(config, arguments.workdir, values['model'], values['adapters'])
+  written_by = model.loaded.model.config
+  if families.of(written_by).objective(written_by) is objectives.LABELS:
+    raise ValueError(f'a model of type {written_by.family!r} says labels of sentences and writes nothing.')
   model.check([values['adapter'], *(_named(record, '') for record in asked)])
   if values['prompts']:
     return _many(model, config, asked, values['adapter'], output)
