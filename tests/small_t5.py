@@ -73,7 +73,7 @@ def source(directory, **shape):
   """A directory of a random T5 of a few kilobytes and a tokenizer of letters."""
   tokenizer.train_bpe(['a'], 258, directory / 'tokenizer')
   size = tokenizer.load(directory / 'tokenizer').vocab_size
-  fitting = dict(vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2)
+  fitting = dict(vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_decoder_layers=2)
   write(directory / 'model', **(fitting | shape))
   tokenizer.copy(directory / 'tokenizer', directory / 'model')
   return directory / 'model'
