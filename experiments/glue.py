@@ -15,9 +15,9 @@ experiments/results/glue.{json,md,png}; --render only renders the last two.
 
 Read the table by task: `accuracy` and `f1` are means over seeds with the sample standard deviation; beside it a score
 of one model has a standard error, of about 0.9 points on SST-2 and 1.7 on MRPC.  `bytes` are those of all weights that
-are deployed, the embedding of 30,522 words among them (46.9 million bytes in float32; no method here quantizes it),
-`bits per weight` those of the blocks' matrices with their adapters.  `seconds a step` are medians over a run's log, on a
-machine that may do other work too.
+are deployed, the embedding of 30,522 words among them (46.9 million bytes in float32, which no method here quantizes),
+`bits per weight` those of the blocks' matrices with their adapters.  `seconds a step` are medians over a run's log, on
+a machine that may do other work too.
 """
 
 import argparse
