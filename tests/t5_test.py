@@ -290,14 +290,14 @@ def test_batches_of_pairs_go_on_where_they_were(workshop):
 
 KINDS_OF_TRAINING = {
   'qalora': {'adapter.kind': 'qalora'},
-  'lora': {'adapter.kind': 'lora', 'base.method': 'nf4'},
+  'lora': {'adapter.kind': 'lora', 'base.method': 'stored'},
   'full': {'adapter.kind': 'full', 'base.method': 'stored'},
 }
 
 
 @pytest.mark.parametrize('kind', KINDS_OF_TRAINING)
 def test_every_kind_of_training_learns(kind, workshop, tmp_path):
-  """On one device; and the merged model is the adapted one in transformers too."""
+  """On one device; and a merged LoRA is the adapted model in transformers too."""
   config = config_lib.override(config_lib.recipe(workshop[0]), KINDS_OF_TRAINING[kind] | {'train.batch': 16})
   built, mesh = build.setup(config), sharding.make_mesh(devices=jax.devices()[:1])
   program, tokens = program_lib.make(config, built, mesh), build.tokenizer(config, built)
@@ -315,7 +315,7 @@ def test_every_kind_of_training_learns(kind, workshop, tmp_path):
     losses.append(float(metrics['loss']))
   assert rows == {'window': 9, 'inputs': 16}
   assert np.mean(losses[-3:]) < 0.7 * losses[0]
-  if kind == 'full':
+  if kind != 'lora':
     return
   loaded = build.Loaded(
     built.model, {'frozen': drawn['frozen'], 'params': state.params}, tokens, workshop[1], {'source': str(workshop[1])}
