@@ -53,7 +53,9 @@ def main(argv=None) -> None:
   if build.names_data(config.evaluate.text):
     # What could not be scored at the end is refused now.
     records.read(build.source(config.evaluate.text))
-    evaluate.check_window(config, build.setup(config).model.config)
+    model = build.setup(config).model
+    evaluate.check_scorable(model, config.evaluate)
+    evaluate.check_window(config, model.config)
   rows = quantize(config, workdir, arguments.command)
   _inspect(config, workdir, rows, arguments.command)
 

@@ -8,6 +8,7 @@ import pytest
 
 from configs import llama
 from configs import relatives
+from configs import t5
 from qalora_jax import adapters
 from qalora_jax import build
 from qalora_jax import config as config_lib
@@ -20,6 +21,7 @@ from qalora_jax.models import decoder
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 RECIPES = sorted(path for path in FOLDER.glob('*.py') if 'def get_config(' in path.read_text())
 RELATIVES = [path for path in RECIPES if path.stem.partition('_')[2] in relatives.MODELS]
+ANSWERERS = [path for path in RECIPES if path.stem.partition('_')[2] in t5.MODELS]
 PAPER = [path for path in RECIPES if path.stem.partition('_')[2] in llama.MODELS]
 
 
@@ -102,7 +104,7 @@ def test_recipes_build_the_parameters_of_table_2(model, qalora, lora):
     assert adapters.count(shapes['params']) == expected
 
 
-@pytest.mark.parametrize('path', [*PAPER, *RELATIVES, FOLDER / 'quickstart.py'], ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', [*PAPER, *RELATIVES, *ANSWERERS, FOLDER / 'quickstart.py'], ids=lambda path: path.stem)
 def test_a_recipe_with_an_architecture_builds_an_abstract_state(path):
   """The names and sizes of every weight, moments included, without one of them being made."""
   config = config_lib.recipe(path)
@@ -145,9 +147,13 @@ def test_full_recipes_train_every_weight_of_the_published_models(model, weights)
     ('gemma3_4b', 3_880_263_168),
     ('phi3_mini', 3_821_079_552),
     ('gpt2', 124_439_808),
+    ('t5_small', 76_961_152),
+    ('t5_base', 247_577_856),
+    ('t5_large', 783_150_080),
+    ('t5_3b', 2_849_757_184),
   ],
 )
-def test_relatives_have_the_weights_of_the_published_models(model, weights):
+def test_other_recipes_have_the_weights_of_the_published_models(model, weights):
   config = config_lib.recipe(FOLDER / f'qalora_{model}.py')
   every = config_lib.override(config, {'adapter.kind': 'full', 'base.method': 'stored', 'model.source': 'scratch'})
   assert adapters.count(build.abstract_setup(every).shapes['params']) == weights

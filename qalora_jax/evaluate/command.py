@@ -1,11 +1,13 @@
 """`qalora evaluate`: scores a model on the config's text, questions and tasks of the field."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import logging
 import pathlib
 import re
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,7 +176,7 @@ def _scores(
     raise ValueError(
       'nothing to score: set evaluate.text.path, evaluate.choices.path or evaluate.generation.path, or name --tasks.'
     )
-  _check_scorable(loaded, settings, wanted)
+  check_scorable(loaded.model, settings, wanted)
   _check_head(loaded.model.config, settings, wanted, harness)
   folder = pathlib.Path(workdir) / 'answers' if workdir else None
   prompts, references = _continued(loaded, config)
@@ -225,14 +227,14 @@ def _scores(
   return row, details
 
 
-def _check_scorable(loaded: build.Loaded, settings, wanted: list[Wanted]) -> None:
+def check_scorable(model: nn.Module, settings, wanted: Sequence[Wanted] = ()) -> None:
   """ValueError for data whose scores are the probabilities of a text's own tokens, where an encoder reads the text."""
   asked = [f'evaluate.{name}' for name in ('text', 'choices') if build.names_data(settings[name])]
   asked += ['evaluate.tasks'] if wanted else []
-  if asked and build.objective(loaded.model) is objectives.ANSWERS:
+  if asked and build.objective(model) is objectives.ANSWERS:
     raise ValueError(
       f'{" and ".join(asked)}: scored by the probability of a text after its beginning, which a model of type '
-      f'{loaded.model.config.family!r} does not have: its encoder reads the text.  Name evaluate.generation instead.'
+      f'{model.config.family!r} does not have: its encoder reads the text.  Name evaluate.generation instead.'
     )
 
 

@@ -116,7 +116,7 @@ def read_beside_vision(raw: Mapping, **placed) -> decoder.Config:
   return read_3(_TEXT | text, **placed)
 
 
-def called(name: str) -> str:
+def spelled(name: str) -> str:
   """The name in a text model alone of one in a model with a vision tower."""
   return re.sub(r'^(language_model\.(?=model\.|lm_head\.)|model\.language_model\.)', _outer, name)
 
@@ -159,7 +159,7 @@ GEMMA3 = family.Family(
   write=write_3,
   names=llama.names,
   ignored=ignored,
-  called=called,
+  spelled=spelled,
 )
 # Read alone: what is written is the text model.
 GEMMA3_BESIDE_VISION = dataclasses.replace(GEMMA3, model_type='gemma3', read=read_beside_vision)
