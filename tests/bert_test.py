@@ -361,15 +361,17 @@ def test_qalora_learns_and_is_scored(trained, run):
 @pytest.mark.parametrize(
   'words',
   [
-    ('adapter.kind=head', 'base.method=stored', 'optim.learning_rate=0.05'),
+    ('adapter.kind=head', 'base.method=stored', 'optim.learning_rate=0.03'),
     ('adapter.kind=full', 'base.method=stored', 'optim.learning_rate=0.003'),
     ('adapter.kind=lora', 'base.method=nf4', 'base.double=true', 'model.labels=1'),
   ],
   ids=['head', 'full', 'qlora, a number'],
 )
 def test_every_kind_learns(run, tmp_path, words):
-  run('train', tmp_path, *words, 'train.steps=40')
-  assert np.mean(losses(tmp_path)[-10:]) < 0.9 * np.mean(losses(tmp_path)[:10])
+  run('train', tmp_path, *words)
+  # A classifier alone has the states of random weights to tell sentences by.
+  share = 0.97 if 'adapter.kind=head' in words else 0.9
+  assert np.mean(losses(tmp_path)[-10:]) < share * np.mean(losses(tmp_path)[:10])
   trainable = set(params(tmp_path))
   if 'adapter.kind=head' in words:
     assert trainable == {'classifier'}
