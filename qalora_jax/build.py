@@ -413,6 +413,8 @@ def load_base(config: ml_collections.ConfigDict, workdir) -> Loaded:
   config = prepared(config, workdir).copy_and_resolve_references()
   if config.adapter.kind == 'full':
     raise ValueError(f'{workdir} trained every weight: it has no adapter to take elsewhere.')
+  if config.model.labels:
+    raise ValueError(f'{workdir} trained a classifier beside its adapter: name it by --model, not by --adapters.')
   config.adapter.update(kind='none', init='zero', source='')
   built = setup(config)
   at = sharding.place(built.abstract, make_mesh(config), config.sharding.fallback)

@@ -451,6 +451,8 @@ def test_what_a_head_does_not_say_is_refused(run, trained, tmp_path, source, dat
     run('evaluate', trained, f'evaluate.text.path={data}/SST-2/dev.tsv', 'evaluate.text.format=text')
   with pytest.raises(ValueError, match="sst2 asks for the label of a sentence, and a model of type 'llama' has no"):
     run('evaluate', tmp_path, f'--model={source}', 'model.labels=0', '--tasks=sst2')
+  with pytest.raises(ValueError, match='trained a classifier beside its adapter'):
+    run('evaluate', tmp_path, f'--adapters={trained}', '--tasks=sst2')
   with pytest.raises(ValueError, match="a model of type 'bert' says labels of sentences and writes nothing"):
     run('generate', tmp_path, f'--model={trained}', '--prompt=good')
   with pytest.raises(ValueError, match='the classifier trained beside the adapter, and --format=peft writes'):
