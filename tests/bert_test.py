@@ -47,8 +47,8 @@ def get_config():
   config.data.train.update(recipe='sst2', path={data!r})
   config.data.validation.update(recipe='sst2', path={data!r}, stop=16)
   config.data.window = 32
-  config.train.update(steps=60, batch=8, log_every=1, checkpoint_every=30)
-  config.optim.update(learning_rate=0.01, clip=1.0)
+  config.train.update(steps=80, batch=8, log_every=1, checkpoint_every=40)
+  config.optim.update(learning_rate=0.003, clip=1.0)
   config.evaluate.data = {data!r}
   config.evaluate.batch = 8
   return config
@@ -363,7 +363,7 @@ def test_qalora_learns_and_is_scored(trained, run):
   [
     ('adapter.kind=head', 'base.method=stored', 'optim.learning_rate=0.03'),
     ('adapter.kind=full', 'base.method=stored', 'optim.learning_rate=0.003'),
-    ('adapter.kind=lora', 'base.method=nf4', 'base.double=true', 'model.labels=1'),
+    ('adapter.kind=lora', 'base.method=nf4', 'base.double=true', 'model.labels=1', 'optim.learning_rate=0.01'),
   ],
   ids=['head', 'full', 'qlora, a number'],
 )
