@@ -469,7 +469,7 @@ def test_qalora_trains_on_a_gptq_checkpoint_and_merges(babyllama, tmp_path):
     ({'group_size': 64}, 'has shape'),
     ({'quant_method': 'awq'}, "quant_method 'awq'; the weights have to be dense, or GPTQ's"),
     ('g_idx', 'scatters the inputs of a group .act-order'),
-    ('bias', 'projections with a bias'),
+    ('bias', 'q_proj.bias is not zero, and the model of its config.json has no such bias'),
     ('qzeros', 'q_proj.qzeros is missing'),
   ],
 )

@@ -34,7 +34,7 @@ class Chain(nn.Module):
 
   following: tuple[int, ...]
   scheme: linear.Scheme = linear.Scheme()
-  config = types.SimpleNamespace(max_position_embeddings=WINDOW, vocab_size=258, depths={'layers': 1})
+  config = types.SimpleNamespace(max_position_embeddings=WINDOW, vocab_size=258, depths={'layers': 1}, family='llama')
 
   def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, only_BP=None):
     logits = 10.0 * jax.nn.one_hot(jnp.asarray(self.following)[tokens_BT], len(self.following))
