@@ -3,15 +3,16 @@
 MiniLM-L6 (configs/minilm.py) on SST-2 and MRPC.  Grid: full fine-tuning, LoRA, the head alone; QLoRA (NF4, double
 quantization) as trained, and merged and quantized again; QA-LoRA at 4, 3 and 2 bits on a rounded base, on a GPTQ base
 and on one with refined offsets; seeds 0, 1, 2.  All of a task see the same examples, equally often, in rows of 128
-tokens; the rates are those of configs/minilm.py.
+tokens; the rates are those of configs/minilm.py.  At the end SST-2 once more, once through, by full fine-tuning.
 
     python -m experiments.glue [sst2 mrpc] [--data=DIRECTORY] [--seeds=1] [--limit=SECONDS] [--render]
 
 Every run is a chain of `qalora` commands (`pipeline`), of which what is finished is not done again: cut short, or
-stopped by --limit, the same command goes on, and what is measured so far is in the table.  Reads GLUE's own files below
---data (default: those of the assets that configs/babyllama.py finds).  Both tasks are scored on GLUE's dev part: the
-872 sentences of SST-2, which that copy calls test, and the 408 pairs of MRPC.  Writes runs/glue and
-experiments/results/glue.{json,md,png}; --render only renders the last two.
+stopped by --limit, the same command goes on, and what is measured so far is in the table.  Two such commands side by
+side, one task each, share what they store.  Reads GLUE's own files below --data (default: those of the assets that
+configs/babyllama.py finds).  Both tasks are scored on GLUE's dev part: the 872 sentences of SST-2, which that copy
+calls test, and the 408 pairs of MRPC.  Writes runs/glue and experiments/results/glue.{json,md,png}; --render only
+renders the last two.
 
 Read the table by task: `accuracy` and `f1` are means over seeds with the sample standard deviation; beside it a score
 of one model has a standard error, of about 0.9 points on SST-2 and 1.7 on MRPC.  `bytes` are those of all weights that
@@ -21,6 +22,7 @@ a machine that may do other work too.
 """
 
 import argparse
+from collections.abc import Iterator
 import itertools
 import json
 import os
@@ -43,8 +45,8 @@ RESULTS = pathlib.Path('experiments/results/glue')
 SEEDS, BITS = (0, 1, 2), (4, 3, 2)
 # By task: the folder of its files, the part of these that is GLUE's dev part, its measures, steps (of four rows).
 TASKS = {
-  'sst2': ('SST-2', 'test', ('accuracy',), 600),
-  'mrpc': ('MRPC', 'validation', ('accuracy', 'f1'), 600),
+  'sst2': ('SST-2', 'test', ('accuracy',), 200),
+  'mrpc': ('MRPC', 'validation', ('accuracy', 'f1'), 700),
 }
 WINDOWS = 64
 GPTQ = {'base.method': 'gptq'}
@@ -54,6 +56,8 @@ BASES = {
   'GPTQ + refined offsets': GPTQ | {'base.refine': True},
 }
 SCORES = ('accuracy', 'f1')
+# SST-2 once through, with one seed, to stand beside what is published for MiniLM.
+WHOLE = ('full fine-tuning, one epoch', None, 'full', {'train.steps': 1600})
 
 
 def grid() -> list[tuple[str, int | None, str, dict]]:
@@ -73,10 +77,18 @@ def grid() -> list[tuple[str, int | None, str, dict]]:
   return rows
 
 
+def planned(tasks: list[str], seeds: tuple[int, ...]) -> Iterator[tuple[int, str, tuple]]:
+  """(seed, task, row) of every run: the whole grid with a seed before the next, then WHOLE."""
+  yield from itertools.product(seeds, tasks, grid())
+  if 'sst2' in tasks:
+    yield SEEDS[0], 'sst2', WHOLE
+
+
 def measure(task: str, row: tuple[str, int | None, str, dict], seed: int, data: pathlib.Path) -> dict:
   """What became of a row of `grid` with this seed."""
   method, bits, kind, overrides = row
   folder, part, measures, steps = TASKS[task]
+  steps = overrides.get('train.steps', steps)
   place = data / folder
   looks = 'gptq' in (overrides.get('base.method'), overrides.get('then.base.method'))
   settings = {
@@ -105,8 +117,21 @@ def measure(task: str, row: tuple[str, int | None, str, dict], seed: int, data: 
     **{name: found[f'{task}/{name}'] for name in measures}, 'bytes': found['bytes'],
     'bits_per_weight': found['bits_per_weight'], 'trained_parameters': found['trained_parameters'],
     'seconds_per_step': statistics.median(steps_took), 'steps': steps,
-    'commit': report.commit(),
   }  # fmt: skip
+
+
+def stored() -> dict[tuple, dict]:
+  """{(task, method, bits, seed): row} of what is measured so far."""
+  file = RESULTS.with_suffix('.json')
+  rows = json.loads(file.read_text())['rows'] if file.is_file() else []
+  return {(row['task'], row['method'], row['bits'], row['seed']): row for row in rows}
+
+
+def store(row: dict) -> None:
+  """Adds a row to those that are stored, by this process and by others at work on other tasks."""
+  file = RESULTS.with_suffix('.json')
+  with pipeline.alone(RUNS / file.name):
+    report.write(file, report.document('python -m experiments.glue', [*stored().values(), row]))
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -114,7 +139,7 @@ def summary(rows: list[dict]) -> list[dict]:
   cells = {}
   for row in rows:
     cells.setdefault((row['task'], row['method'], row['bits']), []).append(row)
-  order = [(task, method, bits) for task in TASKS for method, bits, _, _ in grid()]
+  order = [(task, method, bits) for task in TASKS for method, bits, *_ in (*grid(), WHOLE)]
   table = []
   for key in sorted(cells, key=order.index):
     task, method, bits = key
@@ -191,18 +216,13 @@ def main() -> None:
     parser.error(f'no task {sorted(unknown)[0]!r}; there are {", ".join(TASKS)}')
   if not asked.render:
     stages.remember_compilations(RUNS / 'compiled')
-    until = time.monotonic() + asked.limit
-    file = RESULTS.with_suffix('.json')
-    key = lambda row: (row['task'], row['method'], row['bits'], row['seed'])
-    stored = {key(row): row for row in json.loads(file.read_text())['rows']} if file.is_file() else {}
-    for seed, task, own in itertools.product(SEEDS[: asked.seeds], asked.tasks or TASKS, grid()):
-      if (task, own[0], own[1], seed) in stored:
+    until, commit = time.monotonic() + asked.limit, report.commit()
+    for seed, task, own in planned(asked.tasks or list(TASKS), SEEDS[: asked.seeds]):
+      if (task, own[0], own[1], seed) in stored():
         continue
       if time.monotonic() > until:
         break
-      row = measure(task, own, seed, asked.data.resolve())
-      stored[key(row)] = row
-      report.write(file, report.document('python -m experiments.glue', list(stored.values())))
+      store(measure(task, own, seed, asked.data.resolve()) | {'commit': commit})
   render()
 
 

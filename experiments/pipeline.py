@@ -52,7 +52,7 @@ def made(recipe: str, overrides: dict, root: pathlib.Path) -> tuple[pathlib.Path
     model, found = _trained(recipe, own, model, root / 'trained')
   if which == 'merged':
     exact = not again and _config(recipe, own).adapter.kind == 'qalora'
-    with _alone(model):
+    with alone(model):
       model = stages.exported(model, 'qalora' if exact else 'hf')
   if again:
     model = _base(recipe, _requantized(own, again) | {'model.source': str(model)}, root / 'bases')
@@ -108,7 +108,7 @@ def _base(recipe: str, own: dict, place: pathlib.Path):
   place /= _name(bases.settings(config))
   kept = ('model.', 'base.', 'calibration.', 'adapter.')
   words = _words({key: value for key, value in own.items() if key.startswith(kept)})
-  with _alone(place):
+  with alone(place):
     return stages.quantized(place, f'--config={recipe}', *words, '--config.seed=0', '--config.evaluate.text.path=')
 
 
@@ -123,7 +123,7 @@ def _trained(recipe: str, own: dict, base, place: pathlib.Path) -> tuple[pathlib
   own['train.tensorboard'] = False
   config = _config(recipe, own)
   place /= _name({key: config.to_dict()[key] for key in _TRAINING})
-  with _alone(place):
+  with alone(place):
     stages.trained(place, f'--config={recipe}', *_words(own))
   lines = [json.loads(line) for line in (place / 'metrics.jsonl').read_text().splitlines()]
   found = {'trained_parameters': adapters.count(build.setup(config).shapes['params'])}
@@ -136,7 +136,7 @@ def _scored(recipe: str, own: dict, model, place: pathlib.Path) -> dict:
   looking = {key: value for key, value in own.items() if key.startswith((*_LOOKING, 'data.'))}
   config = _config(recipe, looking).to_dict()
   place /= _name({'model': str(model), 'window': config['data'], **{key: config[key] for key in _LOOKING}})
-  with _alone(place):
+  with alone(place):
     row = stages.scored(place, f'--config={recipe}', *_words(looking), f'--model={model}')
   return {key: value for key, value in row.items() if key != 'model'}
 
@@ -150,8 +150,8 @@ def _name(decides: dict) -> str:
 
 
 @contextlib.contextmanager
-def _alone(place):
-  """Two processes never make the same directory at once."""
+def alone(place):
+  """Two processes never make the same file or directory at once."""
   place = pathlib.Path(place)
   place.parent.mkdir(parents=True, exist_ok=True)
   with place.with_name(f'.{place.name}.lock').open('w') as lock:

@@ -215,21 +215,16 @@ def tokenizer_directory(config: ml_collections.ConfigDict, directory: pathlib.Pa
   return directory
 
 
-def objective(model: nn.Module) -> objectives.Objective:
-  """What training makes small of a model."""
-  return families.of(model.config).objective(model.config)
-
-
 def widths(config, model: nn.Module) -> dict[str, int]:
   """The widths of rows, as `batches` takes them: window (of tokens), inputs (0 where the model has no encoder)."""
-  own = objective(model).widths(config.data.window, config.data.max_completion)
+  own = families.objective(model.config).widths(config.data.window, config.data.max_completion)
   return {'window': own['tokens'], 'inputs': own.get('inputs', 0)}
 
 
 def encode(config, spec, tokenizer, model: nn.Module) -> list[examples.Example]:
   """The examples of one of the config's datasets, all read and checked; of several processes each makes its part."""
   chosen, own = source(spec), examples.encode
-  if objective(model) is objectives.ANSWERS:
+  if families.objective(model.config) is objectives.ANSWERS:
     own = functools.partial(examples.encode_answer, begin=model.config.decoder_start_token_id)
   convert = functools.partial(
     own,
@@ -246,7 +241,7 @@ def encode(config, spec, tokenizer, model: nn.Module) -> list[examples.Example]:
 
 def check_examples(config, key: str, encoded: list[examples.Example], model_config: layers.Config) -> None:
   """ValueError where the examples of the dataset `key` are not what the model's own objective learns from."""
-  objective = families.of(model_config).objective(model_config)
+  objective = families.objective(model_config)
   wanted, family = {name for name in objective.arrays if name not in batches.PLACES}, model_config.family
   if objective is objectives.LABELS and not model_config.labels:
     raise ValueError(

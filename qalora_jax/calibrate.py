@@ -476,9 +476,7 @@ def _forward(config: layers.Config, part: str, layer, block: dict, x_BTD) -> jax
 
 def _apply(config: layers.Config, part: str, layer, block: dict, x_BTD) -> jax.Array:
   """What the block's method `part` makes of x, every row a document of its own."""
-  B, T, _ = x_BTD.shape
-  positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-  context = () if part == 'feed' else (layer, positions_BT, None)
+  context = () if part == 'feed' else (layer, layers.in_order(x_BTD), None)
   made = (
     families.of(config).module.block(config, linear.Scheme()).apply({'frozen': block}, x_BTD, *context, method=part)
   )

@@ -206,11 +206,9 @@ def read_heads(directory, config: layers.Config, heads: Iterable[str]) -> dict:
 
   Raises ValueError where one is missing or of another shape.
   """
-  source, wanted, flat = Source(directory, config), {}, {}
-  every = layout.names(config)
+  source, flat, every = Source(directory, config), {}, layout.names(config)
   for path in every.keys() - layout.beside(heads, every).keys():
-    wanted[path] = every[path][0]
-  for path, name in wanted.items():
+    (name,) = every[path]
     flat[path] = np.asarray(source.read(path, name), np.float32)
     if flat[path].shape != source.shapes[path]:
       raise ValueError(f'{directory}: {name} has shape {flat[path].shape[::-1]}, not {source.shapes[path][::-1]}.')

@@ -75,8 +75,7 @@ def _following_nll(model: nn.Module, variables: dict, x_BTD, batch: dict, rngs: 
 
   def nll(x_BPD, targets_BP, rngs):
     logits_BPV = model.apply(variables, x_BPD, rngs=rngs, method='head')
-    chosen_BP1 = jnp.take_along_axis(logits_BPV, targets_BP[..., None], axis=-1)
-    return jax.nn.logsumexp(logits_BPV, axis=-1) - chosen_BP1[..., 0]
+    return _minus_log_p(logits_BPV, targets_BP)
 
   rows, count = tokens_BT.shape
   vocabulary = model.config.vocab_size
@@ -110,8 +109,13 @@ def label_losses(
   labels_BT, mask_BT = batch['labels'], batch['loss_mask'].astype(jnp.float32)
   if logits_BTL.shape[-1] == 1:
     return jnp.square(logits_BTL[..., 0] - labels_BT), mask_BT
-  chosen_BT1 = jnp.take_along_axis(logits_BTL, labels_BT.astype(jnp.int32)[..., None], axis=-1)
-  return jax.nn.logsumexp(logits_BTL, axis=-1) - chosen_BT1[..., 0], mask_BT
+  return _minus_log_p(logits_BTL, labels_BT.astype(jnp.int32)), mask_BT
+
+
+def _minus_log_p(logits, chosen) -> jax.Array:
+  """-log softmax(logits)[chosen] [...], of logits [..., N]."""
+  of_chosen = jnp.take_along_axis(logits, chosen[..., None], axis=-1)
+  return jax.nn.logsumexp(logits, axis=-1) - of_chosen[..., 0]
 
 
 _ROW = dict.fromkeys(('tokens', 'loss_mask', 'segments', 'positions'), jnp.int32)

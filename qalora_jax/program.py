@@ -13,6 +13,7 @@ import ml_collections
 import optax
 
 from qalora_jax import build
+from qalora_jax import families
 from qalora_jax import objectives
 from qalora_jax import optim
 from qalora_jax import sharding
@@ -75,7 +76,7 @@ def make(config: ml_collections.ConfigDict, built: build.Setup, mesh: jax.shardi
   frozen = built.abstract['frozen']
   frozen = _placed(frozen, sharding.place(frozen, mesh, config.sharding.fallback))
   rows = sharding.batch(mesh)
-  objective = build.objective(built.model)
+  objective = families.objective(built.model.config)
   widths = objective.widths(config.data.window, config.data.max_completion)
   step = functools.partial(
     step_lib.train_step, built.model, tx, config.seed, config.train.accumulation, objective=objective

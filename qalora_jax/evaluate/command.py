@@ -231,7 +231,7 @@ def check_scorable(model: nn.Module, settings, wanted: Sequence[Wanted] = ()) ->
   """ValueError for data whose scores are the probabilities of a text's own tokens, where an encoder reads the text."""
   asked = [f'evaluate.{name}' for name in ('text', 'choices') if build.names_data(settings[name])]
   asked += ['evaluate.tasks'] if wanted else []
-  if asked and build.objective(model) is objectives.ANSWERS:
+  if asked and families.objective(model.config) is objectives.ANSWERS:
     raise ValueError(
       f'{" and ".join(asked)}: scored by the probability of a text after its beginning, which a model of type '
       f'{model.config.family!r} does not have: its encoder reads the text.  Name evaluate.generation instead.'
@@ -303,7 +303,7 @@ def _labelled(loaded: build.Loaded, config, one: Wanted, ready: list, mesh) -> t
 def _check_head(model: layers.Config, settings, wanted: list[Wanted], harness: bool) -> None:
   """ValueError where a task needs another head than the model has: one for labels, or one for the next token."""
   labelled = {one.label: one.task for one in wanted if isinstance(one.task, tasks.Labelled) and not harness}
-  if families.of(model).objective(model) is not objectives.LABELS:
+  if families.objective(model) is not objectives.LABELS:
     if labelled:
       raise ValueError(
         f'{next(iter(labelled))} asks for the label of a sentence, and a model of type {model.family!r} has no '

@@ -26,7 +26,6 @@ from qalora_jax import tensors
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.export import job as job_lib
 from qalora_jax.export import verify as verify_lib
-from qalora_jax.models import decoder
 from qalora_jax.models import layers
 from qalora_jax.models import rotary
 from qalora_jax.quant import qtensor
@@ -139,7 +138,7 @@ def _check_family(config: layers.Config) -> None:
     problem = f'model_type {config.family!r}'
   elif config.biased or config.activation != 'silu':
     problem = 'a LLaMA with biases' if config.biased else f'hidden_act = {config.activation!r}'
-  elif decoder.SLIDING in config.seen and config.window < config.max_position_embeddings:
+  elif config.cut_short:
     problem = f'sliding_window = {config.window}'
   if problem:
     raise ValueError(

@@ -20,7 +20,6 @@ from qalora_jax import layout
 from qalora_jax import tensors
 from qalora_jax.export import job as job_lib
 from qalora_jax.export import verify as verify_lib
-from qalora_jax.models import decoder
 from qalora_jax.models import layers
 from qalora_jax.quant import qtensor
 
@@ -55,7 +54,7 @@ def _check_family(config: layers.Config) -> None:
       f'model_type {config.family!r}: MLX directories are written of {", ".join(_FAMILIES)}; write --format=hf, or '
       '--format=qalora to keep the codes.'
     )
-  if decoder.SLIDING in config.seen and config.window < config.max_position_embeddings:
+  if config.cut_short:
     raise ValueError(
       f'sliding_window = {config.window}: mlx_lm lets the tokens of a {config.family} see all that came before, and '
       'says something else beyond the window; write --format=hf, or --format=qalora to keep the codes.'

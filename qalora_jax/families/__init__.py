@@ -4,6 +4,7 @@ A family is a room: a module here that reads and writes its config and names its
 computes it in `models`.  Everything else asks `find` and `of`.
 """
 
+from qalora_jax import objectives
 from qalora_jax.families import bert
 from qalora_jax.families import gemma
 from qalora_jax.families import gpt2
@@ -16,7 +17,7 @@ from qalora_jax.families.family import Family
 from qalora_jax.families.family import Headed
 from qalora_jax.families.family import View
 
-__all__ = ['FAMILIES', 'Family', 'Headed', 'View', 'find', 'of']
+__all__ = ['FAMILIES', 'Family', 'Headed', 'View', 'find', 'objective', 'of']
 
 _DECODERS = (llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, gemma.GEMMA2, gemma.GEMMA3, phi.PHI3, gpt2.GPT2)
 FAMILIES = {family.model_type: family for family in (*_DECODERS, bert.BERT, t5.T5)}
@@ -35,3 +36,8 @@ def find(model_type) -> Family:
 def of(config) -> Family:
   """The family of a model's config."""
   return FAMILIES[config.family]
+
+
+def objective(config) -> objectives.Objective:
+  """What training makes small of a model with this config."""
+  return of(config).objective(config)

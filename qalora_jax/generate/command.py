@@ -58,7 +58,7 @@ def main(argv=None) -> str | list[dict]:
   asked = records.prompts(values['prompts']) if values['prompts'] else []
   model = adapted.open_any(config, arguments.workdir, values['model'], values['adapters'])
   written_by = model.loaded.model.config
-  if families.of(written_by).objective(written_by) is objectives.LABELS:
+  if families.objective(written_by) is objectives.LABELS:
     raise ValueError(f'a model of type {written_by.family!r} says labels of sentences and writes nothing.')
   model.check([values['adapter'], *(_named(record, '') for record in asked)])
   if values['prompts']:

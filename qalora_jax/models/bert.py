@@ -14,7 +14,7 @@ from qalora_jax.models import layers
 from qalora_jax.models import linear
 from qalora_jax.models import norms
 
-# As in models.llama.
+# The matrices of a block in the order in which data flows, by the method of Block that applies them.
 SEQUENCE = {
   'attend': (('attention/q_proj', 'attention/k_proj', 'attention/v_proj'), ('attention/o_proj',)),
   'feed': (('mlp/up_proj',), ('mlp/down_proj',)),
@@ -185,7 +185,7 @@ class Bert(nn.Module):
       T = tokens_BT.shape[1]
       if c.max_position_embeddings < T:
         raise ValueError(f'{T} tokens in a row: the model has {c.max_position_embeddings} positions.')
-      positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], tokens_BT.shape)
+      positions_BT = layers.in_order(tokens_BT)
     types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
     x_BTD = linear.look_up(self.embedding_VD, tokens_BT) + linear.look_up(self.position_embedding_TD, positions_BT)
     x_BTD += linear.look_up(self.type_embedding_SD, types_BT)

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 
 from flax import linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -107,6 +106,11 @@ class Config:
   def seen(self) -> tuple[str, ...]:
     """The kind of every layer."""
     return self.kinds or (SLIDING if self.window else FULL,) * self.num_hidden_layers
+
+  @property
+  def cut_short(self) -> bool:
+    """Whether tokens of some layer see less than all that came before within the model's window."""
+    return SLIDING in self.seen and self.window < self.max_position_embeddings
 
   @property
   def depths(self) -> dict[str, int]:
@@ -265,7 +269,7 @@ class Decoder(nn.Module):
   def hidden(self, tokens_BT, segments_BT=None, positions_BT=None):
     """What the layers make of tokens, [B, T, D]: all of the model but `head`."""
     if positions_BT is None:
-      positions_BT = _in_order(tokens_BT)
+      positions_BT = layers.in_order(tokens_BT)
     x_BTD = self.embed(tokens_BT, positions_BT)
     return layers.through(self, Block, linear.STACK, x_BTD, positions_BT, segments_BT)
 
@@ -276,7 +280,7 @@ class Decoder(nn.Module):
     if c.embedding_scale != 1.0:
       x_BTD *= jnp.asarray(c.embedding_scale, c.dtype)
     if c.learned_positions:
-      positions_BT = _in_order(tokens_BT) if positions_BT is None else positions_BT
+      positions_BT = layers.in_order(tokens_BT) if positions_BT is None else positions_BT
       x_BTD += linear.look_up(self.positions_SD, positions_BT).astype(c.dtype)
     return x_BTD
 
@@ -286,15 +290,5 @@ class Decoder(nn.Module):
 
   def head(self, x_BPD):
     """The last norm and the logits [B, P, V] of what `hidden` made of P tokens; each depends on its own token alone."""
-    c = self.config
-    x_BPD = self.normed(x_BPD)
-    if c.tie_word_embeddings:
-      logits = jnp.dot(x_BPD, self.embedding_VD.T.astype(c.dtype), preferred_element_type=jnp.float32)
-    else:
-      logits = self.lm_head(x_BPD)
-    return attention.capped(logits.astype(jnp.float32), c.logit_cap)
-
-
-def _in_order(tokens_BT) -> jax.Array:
-  """0, 1, 2, ... in every row."""
-  return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+    own = None if self.config.tie_word_embeddings else self.lm_head
+    return attention.capped(layers.logits(self.normed(x_BPD), self.embedding_VD, own), self.config.logit_cap)

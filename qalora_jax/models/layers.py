@@ -58,6 +58,19 @@ def check_remat(remat: str) -> None:
     raise ValueError(f'remat = {remat!r}; it is one of {sorted(REMAT)}.')
 
 
+def in_order(x_BT) -> jax.Array:
+  """The positions 0, 1, 2, ... [B, T] of rows [B, T, ...] that are one document each."""
+  B, T = x_BT.shape[:2]
+  return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+
+
+def logits(x_BPD, embedding_VD, lm_head: nn.Module | None) -> jax.Array:
+  """[B, P, V] float32, by a head of the model's own, or (None) by the embedding that is tied to it."""
+  if lm_head is not None:
+    return lm_head(x_BPD).astype(jnp.float32)
+  return jnp.dot(x_BPD, embedding_VD.T.astype(x_BPD.dtype), preferred_element_type=jnp.float32)
+
+
 def newborn(block: type[nn.Module], config, scheme: linear.Scheme, stack: str) -> dict[str, nn.Module]:
   """{name: block(config, scheme), scanned} of a stack's parts as modules that draw their weights.
 

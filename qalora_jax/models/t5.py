@@ -311,9 +311,5 @@ class T5(nn.Module):
 
   def head(self, x_BPD):
     """The last norm and the logits [B, P, V] of what `hidden` made of P tokens; each depends on its own token alone."""
-    c, x_BPD = self.config, self.normed(x_BPD)
-    if c.tie_word_embeddings:
-      logits = jnp.dot(x_BPD, self.embedding_VD.T.astype(c.dtype), preferred_element_type=jnp.float32)
-    else:
-      logits = self.lm_head(x_BPD)
-    return logits.astype(jnp.float32)
+    own = None if self.config.tie_word_embeddings else self.lm_head
+    return layers.logits(self.normed(x_BPD), self.embedding_VD, own)
