@@ -8,11 +8,11 @@ tokens; the rates are those of configs/minilm.py.  At the end SST-2 once more, o
     python -m experiments.glue [sst2 mrpc] [--data=DIRECTORY] [--seeds=1] [--limit=SECONDS] [--render]
 
 Every run is a chain of `qalora` commands (`pipeline`), of which what is finished is not done again: cut short, or
-stopped by --limit, the same command goes on, and what is measured so far is in the table.  Two such commands side by
-side, one task each, share what they store.  Reads GLUE's own files below --data (default: those of the assets that
-configs/babyllama.py finds).  Both tasks are scored on GLUE's dev part: the 872 sentences of SST-2, which that copy
-calls test, and the 408 pairs of MRPC.  Writes runs/glue and experiments/results/glue.{json,md,png}; --render only
-renders the last two.
+stopped by --limit, the same command goes on, and what is measured so far is in the table.  Such commands side by side
+share the rows among them; the table was made by two, each on a core of its own.  Reads GLUE's own files below --data
+(default: those of the assets that configs/babyllama.py finds).  Both tasks are scored on GLUE's dev part: the 872
+sentences of SST-2, which that copy calls test, and the 408 pairs of MRPC.  Writes runs/glue and
+experiments/results/glue.{json,md,png}; --render only renders the last two.
 
 Read the table by task: `accuracy` and `f1` are means over seeds with the sample standard deviation; beside it a score
 of one model has a standard error, of about 0.9 points on SST-2 and 1.7 on MRPC.  `bytes` are those of all weights that
@@ -23,10 +23,12 @@ a machine that may do other work too.
 
 import argparse
 from collections.abc import Iterator
+import contextlib
 import itertools
 import json
 import os
 import pathlib
+import re
 import statistics
 import time
 
@@ -38,6 +40,7 @@ from matplotlib import pyplot as plt
 from configs import babyllama
 from experiments import pipeline
 from experiments import stages
+from qalora_jax import lock
 from qalora_jax import report
 
 RUNS = pathlib.Path('runs/glue')
@@ -45,8 +48,8 @@ RESULTS = pathlib.Path('experiments/results/glue')
 SEEDS, BITS = (0, 1, 2), (4, 3, 2)
 # By task: the folder of its files, the part of these that is GLUE's dev part, its measures, steps (of four rows).
 TASKS = {
-  'sst2': ('SST-2', 'test', ('accuracy',), 200),
-  'mrpc': ('MRPC', 'validation', ('accuracy', 'f1'), 700),
+  'sst2': ('SST-2', 'test', ('accuracy',), 300),
+  'mrpc': ('MRPC', 'validation', ('accuracy', 'f1'), 450),
 }
 WINDOWS = 64
 GPTQ = {'base.method': 'gptq'}
@@ -68,12 +71,12 @@ def grid() -> list[tuple[str, int | None, str, dict]]:
     ('LoRA, merged', None, 'lora', {'score': 'merged'}),
     ('QLoRA (NF4 + DQ)', 4, 'qlora', {'score': 'trained'}),
   ]
+  for (name, base), bits in itertools.product(BASES.items(), BITS):
+    rows.append((f'QA-LoRA on {name}, merged', bits, 'qalora', base | {'base.bits': bits}))
   for bits in BITS:
     again = {'then.base.method': 'gptq', 'then.base.bits': bits, 'then.base.group': 32, 'then.base.double': False}
     rows.append(('QLoRA, merged, GPTQ', bits, 'qlora', again))
     rows.append(('QLoRA, merged, RTN', bits, 'qlora', again | {'then.base.method': 'affine'}))
-  for (name, base), bits in itertools.product(BASES.items(), BITS):
-    rows.append((f'QA-LoRA on {name}, merged', bits, 'qalora', base | {'base.bits': bits}))
   return rows
 
 
@@ -84,13 +87,14 @@ def planned(tasks: list[str], seeds: tuple[int, ...]) -> Iterator[tuple[int, str
     yield SEEDS[0], 'sst2', WHOLE
 
 
-def measure(task: str, row: tuple[str, int | None, str, dict], seed: int, data: pathlib.Path) -> dict:
-  """What became of a row of `grid` with this seed."""
-  method, bits, kind, overrides = row
-  folder, part, measures, steps = TASKS[task]
+def run(task: str, row: tuple[str, int | None, str, dict], seed: int, data: pathlib.Path) -> tuple[str, dict]:
+  """(recipe, overrides) of a row of `grid` with this seed, as `pipeline` takes them."""
+  _, _, kind, overrides = row
+  folder, part, _, steps = TASKS[task]
   steps = overrides.get('train.steps', steps)
   place = data / folder
-  looks = 'gptq' in (overrides.get('base.method'), overrides.get('then.base.method'))
+  # What is calibrated, and all that shares its training with such a row: a base is named by all of its config.
+  looks = kind == 'qlora' or overrides.get('base.method') == 'gptq'
   settings = {
     'seed': seed,
     'train.steps': steps,
@@ -108,15 +112,20 @@ def measure(task: str, row: tuple[str, int | None, str, dict], seed: int, data: 
     'evaluate.data': str(data),
     'evaluate.split': part,
   }
-  recipe = f'configs/{kind}_minilm_{task}.py'
-  found = pipeline.result(recipe, settings | overrides, RUNS)
-  log = pipeline.training(recipe, settings | overrides, RUNS) / 'metrics.jsonl'
+  return f'configs/{kind}_minilm_{task}.py', settings | overrides
+
+
+def measure(task: str, row: tuple[str, int | None, str, dict], seed: int, data: pathlib.Path) -> dict:
+  """What became of a row of `grid` with this seed."""
+  recipe, overrides = run(task, row, seed, data)
+  found = pipeline.result(recipe, overrides, RUNS)
+  log = pipeline.training(recipe, overrides, RUNS) / 'metrics.jsonl'
   steps_took = [line['seconds_per_step'] for line in map(json.loads, log.read_text().splitlines()) if 'loss' in line]
   return {
-    'task': task, 'method': method, 'bits': bits, 'seed': seed,
-    **{name: found[f'{task}/{name}'] for name in measures}, 'bytes': found['bytes'],
+    'task': task, 'method': row[0], 'bits': row[1], 'seed': seed,
+    **{name: found[f'{task}/{name}'] for name in TASKS[task][2]}, 'bytes': found['bytes'],
     'bits_per_weight': found['bits_per_weight'], 'trained_parameters': found['trained_parameters'],
-    'seconds_per_step': statistics.median(steps_took), 'steps': steps,
+    'seconds_per_step': statistics.median(steps_took), 'steps': overrides['train.steps'],
   }  # fmt: skip
 
 
@@ -132,6 +141,15 @@ def store(row: dict) -> None:
   file = RESULTS.with_suffix('.json')
   with pipeline.alone(RUNS / file.name):
     report.write(file, report.document('python -m experiments.glue', [*stored().values(), row]))
+
+
+@contextlib.contextmanager
+def claimed(task: str, row: tuple, seed: int) -> Iterator[bool]:
+  """Whether this process is the one that measures a row, of those side by side."""
+  place = RUNS / 'claims'
+  place.mkdir(parents=True, exist_ok=True)
+  with lock.taken(place / re.sub('[^a-z0-9]+', '-', f'{task} {row[0]} {row[1]} {seed}'.lower())) as mine:
+    yield mine
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -218,11 +236,11 @@ def main() -> None:
     stages.remember_compilations(RUNS / 'compiled')
     until, commit = time.monotonic() + asked.limit, report.commit()
     for seed, task, own in planned(asked.tasks or list(TASKS), SEEDS[: asked.seeds]):
-      if (task, own[0], own[1], seed) in stored():
-        continue
       if time.monotonic() > until:
         break
-      store(measure(task, own, seed, asked.data.resolve()) | {'commit': commit})
+      with claimed(task, own, seed) as mine:
+        if mine and (task, own[0], own[1], seed) not in stored():
+          store(measure(task, own, seed, asked.data.resolve()) | {'commit': commit})
   render()
 
 
