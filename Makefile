@@ -21,8 +21,10 @@ help:
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.quickstart
 
+# A process for every core, but four at most (each takes some GB), and a file's tests in one of them: they share what they
+# compile and train.
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile tests
 
 test-clients: $(VENV)/.installed-clients
 	$(VENV)/bin/python -m pytest -q -o addopts= -W default tests/clients

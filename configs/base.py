@@ -16,7 +16,7 @@ so is a value outside the choices that `qalora_jax/limits.py` lists.
 import ml_collections
 
 
-def dataset():
+def dataset(part='train'):
   """One set of documents: where they are, how they are read, which of them count."""
   return ml_collections.ConfigDict(
     dict(
@@ -29,9 +29,10 @@ def dataset():
       # Of records (one a line, a JSON list, or .parquet; .gz too): 'jsonl' (prompt/completion, input/output,
       # inputs/targets, text, or prompt/choices/answer), 'alpaca' (instruction/input/output), 'instances' (an
       # instruction and its input/output pairs), 'chip2' (`<human>: ...`, `<bot>: ...` in text), 'chosen' (a text).
-      # Others: 'text' (plain), 'pairs' (one `prompt || completion` a line), and the tasks of GLUE ('sst2', 'mrpc', ...:
-      # a file of it, or a directory, whose train part is meant).
+      # Others: 'text' (plain), 'pairs' (one `prompt || completion` a line), the tasks of GLUE ('sst2', 'mrpc', ...).
       format='jsonl',
+      # Of GLUE's, which part is meant where path is a directory, or empty: 'train', 'validation' or 'test'.
+      part=part,
       # What stands between the documents of a plain text.  Empty: the file is one document.
       separator='',
       # Only documents of this task, which a record names as task, template or task_name.  Empty: of all.
@@ -75,6 +76,9 @@ def get_config():
       # Outputs of a BERT's classifier: classes, or 1 for a number.  It always trains; where the source has none of that
       # size, it is drawn.  0: as the source has it, if it does.
       labels=0,
+      # Whether the pooler before that classifier trains beside an adapter too.  BERT's own was pretrained; where it was
+      # not, as MiniLM's, little of the model reaches the classifier through it.
+      train_pooler=False,
       # Directory of tokenizer.model or tokenizer.json.  Empty: the source's own.
       tokenizer='',
       # Arithmetic of the forward and backward passes: 'float32' or 'bfloat16'.
@@ -192,7 +196,7 @@ def get_config():
     dict(
       train=dataset(),
       # Scored every train.validate_every steps and at the end.
-      validation=dataset(),
+      validation=dataset('validation'),
       # Tokens per row; longer documents are split or cut.
       window=256,
       # Whether several documents share a row (they never see each other).

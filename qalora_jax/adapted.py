@@ -77,45 +77,45 @@ def _term(text: str) -> tuple[pathlib.Path, float]:
   return directory, float(match['weight'] or 1.0)
 
 
-def open_any(config, workdir, model: str, text: str) -> Adapted:
+def open_any(config, workdir, model: str, text: str, check: build.Check = build.anything) -> Adapted:
   """`build.open_model`, or what `text` of --adapters says: one adapter, a sum, or several by name."""
   if not text:
-    return Adapted(build.open_model(config, workdir, model))
+    return Adapted(build.open_model(config, workdir, model, check))
   if '' in parse(text):
-    return Adapted(open_summed(config, model, text))
-  return open_named(config, model, text)
+    return Adapted(open_summed(config, model, text, check))
+  return open_named(config, model, text, check)
 
 
-def open_summed(config, model: str, text: str) -> build.Loaded:
+def open_summed(config, model: str, text: str, check: build.Check = build.anything) -> build.Loaded:
   """The base with the sum of the adapters that `text` names, as one adapter.  ValueError for named ones."""
   ((name, terms), *others) = parse(text).items()
   if others or name:
     raise ValueError("named adapters are chosen from, not merged: write a sum, 'runs/a*0.7 + runs/b*0.3'.")
-  base = _base(config, model, [directory for directory, _ in terms])
+  base = _base(config, model, [directory for directory, _ in terms], check)
   params = _summed(config, base, _fingerprint(base), terms)
   origin = {'source': str(base.origin['source']), 'adapters': text}
   return dataclasses.replace(base, variables={**base.variables, 'params': params}, origin=origin)
 
 
-def open_named(config, model: str, text: str) -> Adapted:
+def open_named(config, model: str, text: str, check: build.Check = build.anything) -> Adapted:
   """The base with all adapters that `text` names side by side."""
   wanted = parse(text)
-  base = _base(config, model, [directory for terms in wanted.values() for directory, _ in terms])
+  base = _base(config, model, [directory for terms in wanted.values() for directory, _ in terms], check)
   fingerprint = _fingerprint(base)
   trees = [_summed(config, base, fingerprint, terms) for terms in wanted.values()]
   params = several.stack(trees, base.variables['frozen'])
   return Adapted(dataclasses.replace(base, variables={**base.variables, 'params': params}), tuple(wanted))
 
 
-def _base(config, model: str, directories) -> build.Loaded:
+def _base(config, model: str, directories, check: build.Check) -> build.Loaded:
   """The model without an adapter: `model`, or the base of the first workdir among `directories`."""
   if model:
-    loaded = build.open_model(config, None, model)
+    loaded = build.open_model(config, None, model, check)
   else:
     run = next((directory for directory in directories if build.is_run(directory)), None)
     if run is None:
       raise ValueError('an adapter of PEFT does not come with its base: name that by --model.')
-    loaded = build.load_base(build.own_config(config, run), run)
+    loaded = build.load_base(build.own_config(config, run), run, check)
   if loaded.variables['params']:
     raise ValueError(f'{model or run} has trained weights of its own; --model is the base that the adapters stand on.')
   return loaded

@@ -1,6 +1,7 @@
 """From config.base and config.adapter to what stands where: quantizers, adapters, the scheme of a model."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 
 import jax.numpy as jnp
@@ -53,11 +54,16 @@ def _heads(kind: str, headed: families.Headed, source: str) -> tuple[str, ...]:
       '"lora", "qalora" or "full".'
     )
   if kind == 'none' and headed.drawn:
-    raise ValueError(
-      f'{source} does not hold the {" and the ".join(headed.drawn)} of model.labels = {headed.config.labels}: train '
-      'them (adapter.kind = "head", "lora", "qalora" or "full"), or name a model that has them.'
-    )
+    raise ValueError(undrawn(source, headed.drawn, headed.config.labels))
   return {'none': (), 'full': headed.drawn}.get(kind, headed.trains)
+
+
+def undrawn(source, drawn: Sequence[str], labels: int) -> str:
+  """What is said of a head that would be drawn where nothing trains."""
+  return (
+    f'{source} does not hold the {" and the ".join(drawn)} of model.labels = {labels}: train them (adapter.kind = '
+    '"head", "lora", "qalora" or "full"), or name a model that has them.'
+  )
 
 
 def adapter(chosen) -> adapters.Adapter:

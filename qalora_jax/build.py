@@ -81,6 +81,14 @@ class Loaded:
   origin: dict
 
 
+# Raises ValueError for a model that a command cannot do its work with.
+Check = Callable[[nn.Module], None]
+
+
+def anything(model: nn.Module) -> None:
+  """Every model will do."""
+
+
 def names_data(spec) -> bool:
   """Whether a config's dataset is to be used: it names a path or a recipe."""
   return bool(spec.path or spec.recipe)
@@ -122,7 +130,7 @@ def abstract_setup(config: ml_collections.ConfigDict) -> Setup:
 
 def _setup(config, directory, model_config: layers.Config, forms: dict | None) -> Setup:
   held = dict if directory is None else functools.partial(hf.held, directory, model_config)
-  headed = families.of(model_config).headed(model_config, config.model.labels, held)
+  headed = families.of(model_config).headed(model_config, config.model.labels, held, config.model.train_pooler)
   model_config = headed.config
   model = families.of(model_config).module(model_config, bases.scheme(config, directory, forms, headed))
   _check_targets(config, model, directory)
@@ -403,15 +411,16 @@ def own_config(config: ml_collections.ConfigDict, run) -> ml_collections.ConfigD
   return own
 
 
-def load_base(config: ml_collections.ConfigDict, workdir) -> Loaded:
+def load_base(config: ml_collections.ConfigDict, workdir, check: Check = anything) -> Loaded:
   """The base of a workdir, without what was trained; `config` is the workdir's.  ValueError if all was trained."""
   config = prepared(config, workdir).copy_and_resolve_references()
   if config.adapter.kind == 'full':
     raise ValueError(f'{workdir} trained every weight: it has no adapter to take elsewhere.')
-  if config.model.labels:
+  if setup(config).model.scheme.heads:
     raise ValueError(f'{workdir} trained a classifier beside its adapter: name it by --model, not by --adapters.')
   config.adapter.update(kind='none', init='zero', source='')
   built = setup(config)
+  check(built.model)
   at = sharding.place(built.abstract, make_mesh(config), config.sharding.fallback)
   tokenizer_from = tokenizer_directory(config, built.directory)
   origin = {'source': config.model.source}
@@ -425,10 +434,11 @@ def adapters_of(model: nn.Module, choices: dict) -> dict:
   return layout.abstract(model.config, scheme)['params']
 
 
-def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
+def load_run(config: ml_collections.ConfigDict, workdir, check: Check = anything) -> Loaded:
   """The base and the trained weights of a workdir, on one replica over all devices."""
   config = prepared(config, workdir)
   built = setup(config)
+  check(built.model)
   mesh = make_mesh(config)
   at = sharding.place(built.abstract, mesh, config.sharding.fallback)
   abstract = jax.tree.map(
@@ -445,7 +455,7 @@ def load_run(config: ml_collections.ConfigDict, workdir) -> Loaded:
   return Loaded(built.model, {'frozen': frozen, 'params': params}, tokenizer(config, built), tokenizer_from, origin)
 
 
-def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
+def load_model(config: ml_collections.ConfigDict, name: str, check: Check = anything) -> Loaded:
   """An untrained model: the Hugging Face or quantized directory `name` (or hub id), quantized as the config says.
 
   Raises ValueError for a dense one where the config's base has to be made by `qalora quantize`.
@@ -469,6 +479,9 @@ def load_model(config: ml_collections.ConfigDict, name: str) -> Loaded:
       'this config, then name its directory as model.source (or by --model).'
     )
   built = setup(config)
+  if built.drawn:
+    raise ValueError(bases.undrawn(name, built.drawn, built.model.config.labels))
+  check(built.model)
   mesh = make_mesh(config)
   loaded = variables(built, mesh, config.seed, config.sharding.fallback, begins=begins)
   tokenizer_from = tokenizer_directory(config, built.directory)
@@ -483,12 +496,14 @@ def _check_same(config: ml_collections.ConfigDict, workdir) -> None:
     raise ValueError(f'{workdir} was trained with another config:\n  {lines}\nleave --config away to take its own.')
 
 
-def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Loaded:
+def open_model(config: ml_collections.ConfigDict, workdir, name: str = '', check: Check = anything) -> Loaded:
   """The model a command is about: `name` if given (a workdir, or a directory or hub id taken as it stands), else
   the trained run in `workdir`, else the config's source quantized as the config says.
+
+  `check` looks at it before its weights are read.
   """
   if name and is_run(name):
-    return load_run(own_config(config, name), name)
+    return load_run(own_config(config, name), name, check)
   if name and (pathlib.Path(name) / CHECKPOINTS).is_dir():
     raise ValueError(f'{name} is a workdir without a finished checkpoint; train on, or wait for its first.')
   if name:
@@ -497,17 +512,17 @@ def open_model(config: ml_collections.ConfigDict, workdir, name: str = '') -> Lo
     directory = hf.resolve(name, config.model.revision)
     if any((directory / file).is_file() for file in tokenizer_lib.FILES):
       as_it_stands.model.tokenizer = ''
-    return load_model(as_it_stands, name)
+    return load_model(as_it_stands, name, check)
   if workdir and is_run(workdir):
     config = adopted(config, workdir)
     _check_same(config, workdir)
-    return load_run(config, workdir)
+    return load_run(config, workdir, check)
   if not config.model.source or config.model.source == 'scratch':
     raise ValueError(
       f'there is no model to work on: {workdir or "no --workdir"} holds no trained run, and model.source is '
       f'{config.model.source!r}. Train first, or give --model=DIRECTORY.'
     )
-  return load_model(config, config.model.source)
+  return load_model(config, config.model.source, check)
 
 
 def prompt(loaded: Loaded, text: str, max_prompt: int = 0) -> list[int]:

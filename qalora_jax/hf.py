@@ -133,6 +133,7 @@ def load(
     except ValueError as error:
       problems.append(str(error))
   source.check(problems)
+  source.check_copies()
   quantize = {q: jax.jit(lambda w, q=q: q(w)) for q in set(quantizers.values()) if q is not None}
 
   def part(path, name):
@@ -168,11 +169,23 @@ class Source:
     ignored = lambda name: name in of_heads or families.of(self._config).ignored(self._config, name)
     tensors.check(self._directory, self._found, wanted, [*self._problems, *problems], ignored)
 
+  def check_copies(self) -> None:
+    """ValueError where a tensor that repeats another (a tied head) is there, and does not."""
+    for copy, name in families.of(self._config).copies(self._config).items():
+      if copy in self._found and not np.array_equal(self._raw(copy), self._raw(name)):
+        raise ValueError(
+          f'{self._directory}: {copy} is not {name}, and config.json says that they are one (tie_word_embeddings = '
+          'true): set that to false, or take the tensor away.'
+        )
+
+  def _raw(self, name: str) -> np.ndarray:
+    return tensors.read(self._stored[name], self._found[name])
+
   def read(self, path: str, name: str) -> np.ndarray:
     """The tensor `name`, a matrix as [inputs, outputs]; ValueError naming it where an entry is not finite."""
     view = self._views.get(name)
     place = view.name if view else name
-    stored = tensors.read(self._stored[place], self._found[place])
+    stored = self._raw(place)
     if not np.isfinite(stored).all():
       raise ValueError(
         f'{self._directory}: {place} holds NaN or infinite entries; the checkpoint is damaged, get it again.'

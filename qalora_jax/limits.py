@@ -41,6 +41,7 @@ _DATASET_CHOICES = {
   'template': ('alpaca', 'plain'),
   'loss_on': ('completion', 'all'),
   'overflow': ('split', 'cut'),
+  'part': ('train', 'validation', 'test'),
 }
 
 CHOICES = {

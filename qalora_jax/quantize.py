@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import jax
+import ml_collections
 
 from qalora_jax import adapters
 from qalora_jax import bases
@@ -53,11 +54,25 @@ def main(argv=None) -> None:
   if build.names_data(config.evaluate.text):
     # What could not be scored at the end is refused now.
     records.read(build.source(config.evaluate.text))
-    model = build.setup(config).model
-    evaluate.check_scorable(model, config.evaluate)
-    evaluate.check_window(config, model.config)
+    evaluate.check(build.setup(_dense(config)).model, _text_alone(config), wanted=[])
   rows = quantize(config, workdir, arguments.command)
   _inspect(config, workdir, rows, arguments.command)
+
+
+def _dense(config) -> ml_collections.ConfigDict:
+  """The config without a classifier that is to be trained, which is no part of a base; the source's goes along."""
+  config = config.copy_and_resolve_references()
+  config.model.update(labels=0, train_pooler=False)
+  return config
+
+
+def _text_alone(config) -> ml_collections.ConfigDict:
+  """The config with evaluate.text for all that is scored."""
+  config = config.copy_and_resolve_references()
+  config.evaluate.tasks = ''
+  for dataset in (config.evaluate.choices, config.evaluate.generation):
+    dataset.update(path='', recipe='')
+  return config
 
 
 def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
@@ -68,8 +83,7 @@ def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
   workdir = pathlib.Path(workdir)
   tensors.refuse_existing(workdir)
   config = config.copy_and_resolve_references()
-  # A classifier that the source has goes along; one that is to be trained is no part of a base.
-  config.model.labels = 0
+  config = _dense(config)
   built = build.setup(config)
   if stored.is_quantized(built.directory):
     raise ValueError(f'{built.directory} is already quantized; start from its dense source.')
@@ -157,10 +171,7 @@ def _inspect(config, workdir, rows: list[dict], command: str) -> None:
   """Prints perplexity before and after on the text that the config names, if any, and adds it to the report."""
   if not build.names_data(config.evaluate.text):
     return
-  scores = []
-  config.evaluate.tasks = ''
-  for dataset in (config.evaluate.choices, config.evaluate.generation):
-    dataset.update(path='', recipe='')
+  scores, config = [], _text_alone(config)
   config.base.update(method='stored', rules='', budget=0.0)
   for name, model in (('before', config.model.source), ('after', str(workdir))):
     scores.append({'model': name} | evaluate.evaluate(build.load_model(config, model), config))

@@ -11,10 +11,10 @@ import shutil
 import sentencepiece
 import tokenizers
 
-# What makes up a tokenizer in a Hugging Face directory.
+# One of these is a tokenizer; the others that belong to it lie beside it in a Hugging Face directory.
+_MODELS = ('tokenizer.model', 'tokenizer.json', 'spiece.model')
 FILES = (
-  'tokenizer.model',
-  'tokenizer.json',
+  *_MODELS,
   'tokenizer_config.json',
   'special_tokens_map.json',
   'added_tokens.json',
@@ -60,20 +60,22 @@ class Framed:
 
 
 def load(directory) -> Tokenizer:
-  """The tokenizer of a directory: its `tokenizer.model` (SentencePiece), or else its `tokenizer.json`.
+  """The tokenizer of a directory: its `tokenizer.model` (SentencePiece), `tokenizer.json`, or else T5's `spiece.model`.
 
   SentencePiece models hold their own BOS and EOS.  For `tokenizer.json` they are the `bos_token` and
   `eos_token` of `tokenizer_config.json` (a null there means none), or where it does not say, the
   `bos_token_id` and `eos_token_id` of `config.json` (the first, if a list).
 
-  Raises FileNotFoundError if there is neither file, ValueError if one cannot be read or names an unknown token.
+  Raises FileNotFoundError if there is no such file, ValueError if one cannot be read or names an unknown token.
   """
   directory = pathlib.Path(directory)
   if (directory / 'tokenizer.model').is_file():
-    return _load_sentencepiece(directory)
+    return _load_sentencepiece(directory / 'tokenizer.model')
   if (directory / 'tokenizer.json').is_file():
     return _load_tokenizers(directory)
-  raise FileNotFoundError(f'{directory}: no tokenizer here; looked for tokenizer.model and tokenizer.json')
+  if (directory / 'spiece.model').is_file():
+    return _load_sentencepiece(directory / 'spiece.model')
+  raise FileNotFoundError(f'{directory}: no tokenizer here; looked for {", ".join(_MODELS)}')
 
 
 def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -93,8 +95,8 @@ def copy(source, target) -> None:
   Raises FileNotFoundError if `source` holds no tokenizer.
   """
   source, target = pathlib.Path(source), pathlib.Path(target)
-  if not any((source / name).is_file() for name in FILES[:2]):
-    raise FileNotFoundError(f'{source}: no tokenizer to copy; looked for tokenizer.model and tokenizer.json')
+  if not any((source / name).is_file() for name in _MODELS):
+    raise FileNotFoundError(f'{source}: no tokenizer to copy; looked for {", ".join(_MODELS)}')
   target.mkdir(parents=True, exist_ok=True)
   for name in FILES:
     if (source / name).is_file():
@@ -173,8 +175,8 @@ def added_tokens(directory) -> dict[int, tuple[str, bool]]:
   return found | {int(token): (entry['content'], bool(entry.get('special'))) for token, entry in described.items()}
 
 
-def _load_sentencepiece(directory: pathlib.Path) -> Tokenizer:
-  path, processor = directory / 'tokenizer.model', sentencepiece.SentencePieceProcessor()
+def _load_sentencepiece(path: pathlib.Path) -> Tokenizer:
+  directory, processor = path.parent, sentencepiece.SentencePieceProcessor()
   try:
     processor.LoadFromSerializedProto(path.read_bytes())
   except RuntimeError as error:

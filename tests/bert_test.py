@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors import numpy as files
 import small_bert
 
 from qalora_jax import adapters
@@ -119,8 +120,6 @@ def test_what_transformers_wrote_is_read_and_written_back(tmp_path, kind, stated
 
 def test_other_spellings_are_accepted(tmp_path):
   """A checkpoint with its pretraining heads, gamma and beta, and buffers; without a pooler one is drawn, and trains."""
-  from safetensors import numpy as files
-
   directory = small_bert.checkpoint(tmp_path / 'masked', 'BertForMaskedLM')
   config = hf.read_config(directory)
   held = functools.partial(hf.held, directory, config)
@@ -139,6 +138,45 @@ def test_other_spellings_are_accepted(tmp_path):
   files.save_file(old | tensors, directory / 'model.safetensors')
   with pytest.raises(ValueError, match='LayerNorm.gamma are the same weight|LayerNorm.weight are the same weight'):
     hf.load(directory, headed.config, scheme)
+
+
+def test_a_classifier_is_that_of_its_task(tmp_path):
+  """Its classes keep their names; that of another task, or of another size than is asked for, is drawn."""
+  classes = {'id2label': {0: 'contradiction', 1: 'entailment', 2: 'neutral'}}
+  directory = small_bert.checkpoint(tmp_path / 'nli', 'BertForSequenceClassification', **classes)
+  config = hf.read_config(directory)
+  held = functools.partial(hf.held, directory, config)
+  assert config.words == ('contradiction', 'entailment', 'neutral')
+  headed = families.of(config).headed(config, 3, held)
+  assert headed.config == config and headed.drawn == ()
+  hf.write_config(tmp_path, config)
+  assert hf.read_config(tmp_path) == config
+  other = families.of(config).headed(config, 2, held)
+  assert other.drawn == ('classifier',) and other.config.words == ()
+  wrong = dataclasses.replace(config, labels=4, words=())
+  with pytest.raises(ValueError, match='config.json says 4 labels .* shape .3, 32.; correct config.json'):
+    families.of(config).headed(wrong, 0, held)
+  tagged = small_bert.checkpoint(tmp_path / 'tags', 'BertForTokenClassification', num_labels=2)
+  config = hf.read_config(tagged)
+  held = functools.partial(hf.held, tagged, config)
+  assert 'classifier.weight' in held() and families.of(config).headed(config, 2, held).drawn == ('pooler', 'classifier')
+
+
+@pytest.mark.parametrize(
+  'stated, said',
+  [
+    ({'num_labels': 5, 'id2label': {'0': 'a', '1': 'b'}}, 'num_labels = 5, and id2label has 2 entries'),
+    ({'id2label': {'1': 'a', '2': 'b'}}, 'id2label has the keys 1, 2; they are "0", "1"'),
+    ({'problem_type': 'regression'}, "problem_type = 'regression' and 2 label.s.; 'regression' is of one"),
+    ({'problem_type': 'multi_label_classification'}, 'supported: regression, single_label_classification'),
+  ],
+)
+def test_labels_that_contradict_one_another_are_refused(tmp_path, stated, said):
+  directory = small_bert.checkpoint(tmp_path / 'model', 'BertForSequenceClassification')
+  path = directory / hf.CONFIG
+  path.write_text(json.dumps(json.loads(path.read_text()) | stated))
+  with pytest.raises(ValueError, match=said):
+    hf.read_config(directory)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +417,25 @@ def test_every_kind_learns(run, tmp_path, words):
     assert trainable >= {'embedding', 'layers', 'pooler', 'classifier'}
 
 
+def test_a_pooler_trains_from_where_the_source_has_it(run, pretrained, tmp_path):
+  """Alone with its classifier and beside an adapter on a base in codes; what is merged has the trained one."""
+  steps, rate = 2, 0.003
+  before = files.load_file(pretrained / 'model.safetensors')['pooler.dense.weight'].T
+  run('quantize', tmp_path / 'base', 'model.train_pooler=True')
+  for words in (('adapter.kind=head',), (f'model.source={tmp_path / "base"}', 'base.method=stored')):
+    workdir, words = tmp_path / str(len(words)), (*words, 'model.train_pooler=True')
+    run('train', workdir, f'train.steps={steps}', *words)
+    found = params(workdir)
+    assert set(found) == {'pooler', 'classifier'} | ({'layers'} if len(words) > 2 else set())
+    # Two steps of Adam move an entry by no more than 2.0014 times the rate.
+    moved = np.abs(np.asarray(found['pooler']['kernel']) - before)
+    assert rate / 2 < moved.max() < 2.01 * rate
+    run('export', workdir, '--format=hf', f'--output={workdir / "out"}', *words)
+    np.testing.assert_array_equal(
+      files.load_file(workdir / 'out' / 'model.safetensors')['bert.pooler.dense.weight'].T, found['pooler']['kernel']
+    )
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(trained, run, tmp_path):
   """Dropout, packing and moments: the losses and the weights, head and adapters, bit for bit."""
   run('train', tmp_path / 'half', 'train.steps=30')
@@ -428,6 +485,7 @@ def test_calibrated_bases_hold_what_was_pretrained(run, tmp_path, data, exported
   [
     (('model.labels=0',), 'has no classifier: set model.labels to the number of classes'),
     (('model.labels=0', 'adapter.kind=head'), 'trains a classifier alone, and this model has none: set model.labels'),
+    (('model.labels=0', 'model.train_pooler=True'), 'train_pooler = True, and the model has no classifier behind'),
     (('data.train.recipe=', 'data.train.format=text', 'data.train.path={data}/SST-2/dev.tsv'), 'data.train holds text'),
     (('data.train.recipe=stsb', 'data.train.path={stsb}'), 'data.train holds the label 3.5, and model.labels = 2'),
     (('model.labels=2', 'data.window=64'), 'data.window = 64, and the model has 48 positions'),
@@ -442,11 +500,22 @@ def test_what_cannot_be_trained_is_refused(run, data, tmp_path, words, said):
   assert not (tmp_path / 'run').exists()
 
 
-def test_what_a_head_does_not_say_is_refused(run, trained, tmp_path, source, data):
+def test_what_a_head_does_not_say_is_refused(run, trained, tmp_path, source, data, monkeypatch):
+  with pytest.raises(ValueError, match='the classifier trained beside the adapter, and --format=peft writes'):
+    run('export', trained, '--format=peft', f'--output={tmp_path / "peft"}')
+  # The rest is said before any weight is read.
+  words = dict(id2label={'0': 'contradiction', '1': 'entailment', '2': 'neutral'}, num_labels=3)
+  sorted_otherwise = small_bert.checkpoint(tmp_path / 'nli', 'BertForSequenceClassification', **words)
+  for place, name in ((build, 'load_weights'), (build.checkpoint, 'restore_params')):
+    monkeypatch.setattr(place, name, lambda *_: pytest.fail('weights are read'))
   with pytest.raises(ValueError, match='mnli needs a classifier of 3 output'):
     (data / 'MNLI').mkdir()
     (data / 'MNLI' / 'dev_matched.tsv').write_text('sentence1\tsentence2\tgold_label\na\tb\tneutral\n')
     run('evaluate', trained, '--tasks=mnli')
+  with pytest.raises(ValueError, match='classes are entailment, neutral, contradiction, and .* in another order'):
+    run('evaluate', tmp_path, f'--model={sorted_otherwise}', '--tasks=mnli', 'model.labels=0')
+  with pytest.raises(ValueError, match='this needs a model of the next token'):
+    run('quantize', tmp_path / 'base', f'evaluate.text.path={data}/SST-2/dev.tsv', 'evaluate.text.format=text')
   with pytest.raises(ValueError, match='this needs a model of the next token'):
     run('evaluate', trained, f'evaluate.text.path={data}/SST-2/dev.tsv', 'evaluate.text.format=text')
   with pytest.raises(ValueError, match="sst2 asks for the label of a sentence, and a model of type 'llama' has no"):
@@ -455,9 +524,9 @@ def test_what_a_head_does_not_say_is_refused(run, trained, tmp_path, source, dat
     run('evaluate', tmp_path, f'--adapters={trained}', '--tasks=sst2')
   with pytest.raises(ValueError, match="a model of type 'bert' says labels of sentences and writes nothing"):
     run('generate', tmp_path, f'--model={trained}', '--prompt=good')
-  with pytest.raises(ValueError, match='the classifier trained beside the adapter, and --format=peft writes'):
-    run('export', trained, '--format=peft', f'--output={tmp_path / "peft"}')
   with pytest.raises(ValueError, match="model.labels = 2: a model of type 'llama' has no classifier"):
     run('train', tmp_path, f'model.source={source}')
+  with pytest.raises(ValueError, match="train_pooler = True: a model of type 'llama' has no pooler"):
+    run('train', tmp_path, f'model.source={source}', 'model.labels=0', 'model.train_pooler=True')
   with pytest.raises(ValueError, match='does not hold the classifier of model.labels = 2'):
     run('evaluate', tmp_path, '--tasks=sst2')

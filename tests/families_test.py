@@ -61,7 +61,7 @@ GPT2 = dict(
 MODELS = {
   'llama': ('llama', dict(WIDE, attention_bias=True, mlp_bias=True, rope_scaling=STRETCH, rope_theta=1000.0)),
   'mistral': ('mistral', dict(WIDE, sliding_window=5)),
-  'qwen2': ('qwen2', dict(SIZES, **LAST, tie_word_embeddings=True)),
+  'qwen2': ('qwen2', dict(WIDE, **LAST, tie_word_embeddings=True)),
   'qwen3': ('qwen3', dict(WIDE, **LAST, attention_bias=True)),
   'gemma2': ('gemma2', dict(GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
   'gemma3': (
@@ -471,6 +471,43 @@ def read(tmp_path, raw):
   return hf.read_config(tmp_path)
 
 
+def test_what_means_the_same_is_read(checkpoint, tmp_path):
+  """Null for what is not there, layer_types that say what the window says, a theta within the scaling."""
+  for name, change in (
+    ('llama', dict(is_causal=True)),
+    ('mistral', dict(attention_bias=None, layer_types=['sliding_attention'] * 3)),
+    ('gpt2', dict(tie_word_embeddings=None, layer_norm_epsilon=None, is_causal=True)),
+    ('gemma2', dict(query_pre_attn_scalar=20.0)),
+  ):
+    assert read(tmp_path, said(checkpoint, name) | change) == checkpoint(name).config
+  raw = said(checkpoint, 'phi3')
+  theta = raw.pop('rope_parameters')['rope_theta'] * 2
+  assert read(tmp_path, raw | dict(rope_scaling=dict(type='default', rope_theta=theta))).rope_theta == theta
+
+
+def test_a_head_that_is_not_the_embedding_is_not_tied(checkpoint, tmp_path):
+  """It may stand in the file a second time; where it differs, transformers takes it, and config.json is wrong."""
+  for name in ('qwen2', 'gpt2'):
+    held = safetensors_numpy.load_file(checkpoint(name).directory / tensors.SINGLE)
+    (embedding,) = (held[key] for key in held if key.endswith(('embed_tokens.weight', 'wte.weight')))
+    place = tmp_path / name
+    place.mkdir()
+    safetensors_numpy.save_file(held | {'lm_head.weight': embedding.copy()}, place / tensors.SINGLE)
+    hf.load(place, checkpoint(name).config, DENSE)
+    safetensors_numpy.save_file(held | {'lm_head.weight': embedding * 2}, place / tensors.SINGLE)
+    with pytest.raises(ValueError, match='lm_head.weight is not .*, and config.json says that they are one'):
+      hf.load(place, checkpoint(name).config, DENSE)
+
+
+def test_a_model_without_its_head_has_other_names(checkpoint, tree, tmp_path):
+  """As transformers' Qwen2Model writes them: what is tied is all there."""
+  held = safetensors_numpy.load_file(checkpoint('qwen2').directory / tensors.SINGLE)
+  bare = {name.removeprefix('model.'): tensor for name, tensor in held.items()}
+  assert set(bare).isdisjoint(held)
+  safetensors_numpy.save_file(bare, tmp_path / tensors.SINGLE)
+  small_llama.same(hf.load(tmp_path, checkpoint('qwen2').config, DENSE), tree('qwen2'))
+
+
 def test_gemma_3_scales_either_kind_of_layer(checkpoint, tmp_path):
   raw = said(checkpoint, 'gemma3')
   raw['rope_parameters']['sliding_attention'] |= dict(rope_type='linear', factor=2.0)
@@ -484,7 +521,47 @@ REFUSED = [
   *(('llama', dict(hidden_act='swiglu'), "hidden_act = 'swiglu'; supported: silu, relu, gelu"),),
   *(('llama', dict(rope_parameters=dict(rope_type='yarn', factor=2.0)), "RoPE is scaled as 'yarn'; supported"),),
   *(('llama', dict(rope_parameters=dict(full_attention={})), 'rope_parameters differ by layer'),),
-  ('mistral', dict(layer_types=['full_attention'] * 3), 'layer_types = .*; only None is supported'),
+  *(
+    (name, dict(is_causal=said), f'is_causal = {said}; only True') for name, said in (('qwen2', False), ('gpt2', None))
+  ),
+  (
+    'llama',
+    dict(rope_theta=None, rope_parameters=dict(rope_theta='1e6')),
+    "rope_theta = '1e6'; it is a number above 0",
+  ),
+  ('llama', dict(rope_parameters=None, rope_scaling='linear'), "rope_scaling = 'linear'; it is an object"),
+  (
+    'llama',
+    dict(rope_parameters=None, rope_scaling=dict(type='linear', factor=None)),
+    'scaling "linear" has no factor',
+  ),
+  ('llama', dict(rope_parameters=None, rope_scaling=dict(type='linear', factor=-1.0)), 'factor = -1.0; it is a number'),
+  ('llama', dict(rms_norm_eps='1e-5'), "rms_norm_eps = '1e-5'; it is a number above 0"),
+  (
+    'llama',
+    dict(rope_parameters=None, rope_theta=1e4, rope_scaling=dict(rope_type='default', rope_theta=1e6)),
+    'rope_scaling says rope_theta = 1000000.0, and rope_theta = 10000.0: leave one away',
+  ),
+  (
+    'qwen3',
+    dict(rope_scaling=dict(type='linear', factor=2.0)),
+    'rope_parameters and rope_scaling say different things',
+  ),
+  ('gemma3', dict(rope_scaling=dict(type='linear', factor=2.0)), 'rope_parameters and rope_scaling say different'),
+  ('qwen3', dict(layer_types=None, max_window_layers='1'), "max_window_layers = '1'; it is a count of at least 0"),
+  ('gemma2', dict(query_pre_attn_scalar=0), 'query_pre_attn_scalar = 0; it is a number above 0'),
+  (
+    'gemma3',
+    dict(layer_types=None, sliding_window_pattern=0),
+    'sliding_window_pattern = 0; it is a count of at least 1',
+  ),
+  ('gemma3', dict(model_type='gemma3', text_config=dict(tie_word_embeddings=False), tie_word_embeddings=True), 'twice'),
+  ('llama', dict(model_type=['llama']), "model_type is \\['llama'\\]; supported"),
+  (
+    'mistral',
+    dict(layer_types=['full_attention'] * 3),
+    "layer_types has 'full_attention'; with this sliding_window every",
+  ),
   ('mistral', dict(sliding_window=0), 'sliding_window = 0; it is a count'),
   ('mistral', dict(attention_bias=True), 'attention_bias = True; only False'),
   ('mistral', dict(num_key_value_heads=...), 'has no "num_key_value_heads"'),

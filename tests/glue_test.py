@@ -1,5 +1,6 @@
 """GLUE: its files and the hub's, its measures, how sentences are framed, and what is refused."""
 
+import gzip
 import json
 import re
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import small_bert
 
+from qalora_jax import build
+from qalora_jax import config as config_lib
 from qalora_jax import tokenizer as tokenizer_lib
 from qalora_jax.data import examples
 from qalora_jax.data import glue
@@ -98,8 +101,16 @@ def test_the_hubs_records_are_read(tmp_path, task, form):
 def test_the_other_names_of_parts(tmp_path):
   """MRPC as Microsoft names it, MNLI's two dev parts, the hub's files in a directory."""
   _, lines, expected = FILES['mrpc']
-  path = written(tmp_path / 'a', 'msr_paraphrase_train.txt', lines)
-  assert glue.read(glue.TASKS['mrpc'], str(path.parent)) == [expected]
+  path = written(tmp_path / 'a', 'msr_paraphrase_test.txt', lines)
+  # That of GLUE has no labels.
+  written(tmp_path / 'a', 'test.tsv', ['index\t#1 ID\t#2 ID\t#1 String\t#2 String', '0\t1\t2\tA\tB'])
+  assert glue.read(glue.TASKS['mrpc'], str(path.parent), 'test') == [expected]
+  # Microsoft's train file holds what GLUE measures on.
+  written(tmp_path / 'a', 'msr_paraphrase_train.txt', lines)
+  with pytest.raises(FileNotFoundError, match='holds no train part of mrpc: looked for train.tsv and train-00000'):
+    glue.read(glue.TASKS['mrpc'], str(path.parent))
+  assert glue.on_hub(glue.TASKS['mnli'], 'validation').endswith('mnli/validation_matched-00000-of-00001.parquet')
+  assert glue.on_hub(glue.TASKS['mnli-mismatched'], 'test').endswith('mnli/test_mismatched-00000-of-00001.parquet')
   for name, file in (('mnli', 'dev_matched.tsv'), ('mnli-mismatched', 'dev_mismatched.tsv')):
     _, lines, expected = FILES['mnli']
     written(tmp_path / 'glue' / 'MNLI', file, lines)
@@ -132,11 +143,41 @@ def test_what_does_not_fit_is_named(tmp_path, task, lines, said):
     records.read(records.Source(path=str(path), format=task))
 
 
+def test_a_directory_has_parts(tmp_path):
+  """A set that trains reads one, a set that validates another, of a directory as of the hub."""
+  for part, file in (('train', 'train.tsv'), ('validation', 'dev.tsv')):
+    written(tmp_path / 'SST-2', file, ['sentence\tlabel', f'{part}\t1'])
+  config = config_lib.default()
+  for part in ('train', 'validation'):
+    spec = config.data[part]
+    spec.update(recipe='sst2', path=str(tmp_path))
+    assert records.read(build.source(spec)) == [records.Labelled(part, None, 1.0)]
+    spec.path = ''
+    assert build.source(spec).path.endswith(f'sst2/{part}-00000-of-00001.parquet')
+  with pytest.raises(ValueError, match="data.validation.part = 'dev': must be one of 'train', 'validation', 'test'"):
+    config.data.validation.part = 'dev'
+    config_lib.check(config)
+
+
+def test_what_qqp_is_known_for_is_read(tmp_path, capsys):
+  """Some lines of the published file have too few columns, some questions are empty."""
+  lines = [*FILES['qqp'][1], '97931\t1\t2', '8\t1\t2\tWhy?\t\t1']
+  path = written(tmp_path, 'train.tsv', lines)
+  expected = [('Why?', 'Why not?', 0.0), ('Why?', '', 1.0)]
+  assert glue.read(glue.TASKS['qqp'], str(path)) == expected
+  assert '1 lines of other than 6 columns are left out' in ' '.join(capsys.readouterr().out.split())
+  path.with_suffix('.tsv.gz').write_bytes(gzip.compress(path.read_bytes()))
+  assert glue.read(glue.TASKS['qqp'], str(path.with_suffix('.tsv.gz'))) == expected
+
+
 def test_a_part_that_is_not_there_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r'holds no validation part of sst2: looked for dev.tsv and validation-'):
     tasks.TASKS['sst2'].documents(str(tmp_path), '')
   with pytest.raises(ValueError, match=r'label is -1; it must be 0 to 1 \(-1 stands for labels that GLUE keeps'):
     glue._parsed(glue.TASKS['sst2'], {'sentence': 'good', 'label': -1}, 'a')
+  # The hub's test part of STS-B has it everywhere.
+  with pytest.raises(ValueError, match=r'label is -1.0; it must be a number from 0 to 5 \(-1 stands for labels'):
+    glue._parsed(glue.TASKS['stsb'], {'sentence1': 'A', 'sentence2': 'B', 'label': -1.0}, 'a')
 
 
 def test_the_published_files(assets):
@@ -188,6 +229,8 @@ def test_tasks_give_glues_measures():
   found = tasks.TASKS['stsb'].metrics(np.array([[1.0], [2.0], [10.0]]), [0.0, 1.0, 2.0])
   assert found['spearman'] == pytest.approx(1.0) and found['pearson'] < 0.95
   assert set(glue.TASKS) <= set(tasks.TASKS)
+  with pytest.raises(ValueError, match='sst2: the model gives out NaN or infinity'):
+    tasks.TASKS['sst2'].metrics(np.array([[np.nan, 1.0]]), [1.0])
 
 
 @pytest.fixture(scope='module')
@@ -221,7 +264,7 @@ def test_a_labelled_sentence_as_an_example(words):
   assert found['types'].tolist() == [0, 0, 0, 0, 1, 1, 1]
   assert found['loss_mask'].tolist() == [1, 0, 0, 0, 0, 0, 0] and found['labels'].tolist() == [2.0, 0, 0, 0, 0, 0, 0]
   assert found['labels'].dtype == np.float32
-  with pytest.raises(ValueError, match=r'is 2 tokens longer than the window of 5: raise data.window'):
+  with pytest.raises(ValueError, match=r'is 2 tokens longer than the window of 5: raise it'):
     examples.encode_labelled(document, loaded, window=5, cuts=False)
   assert len(examples.encode_labelled(document, loaded, window=5, cuts=True)['tokens']) == 5
 

@@ -236,7 +236,7 @@ def test_a_conversation_is_read_in_its_template(tiny, source, tmp_path):
 @pytest.mark.parametrize(
   'words, message',
   [
-    (['--tasks=no_such_task'], "neither qalora nor lm-evaluation-harness has a task 'no_such_task'"),
+    (['--tasks=no_such_task'], "lm-evaluation-harness has no task 'no_such_task'"),
     (['--tasks=wikitext2'], 'wikitext2 is scored by our own evaluator alone'),
     (['--tasks='], '--harness runs tasks: name some'),
     (['--tasks=lambada@many'], 'shots are a number'),
@@ -256,7 +256,7 @@ def test_what_the_harness_cannot_run_is_refused(source, words, message, monkeypa
   'words, message',
   [
     (['--tasks=arc_easy, wikitext2'], 'wikitext2 is scored by our own evaluator alone'),
-    (['--tasks=arc_easy, arc_esay'], "has a task 'arc_esay'"),
+    (['--tasks=arc_easy, arc_esay'], "has no task 'arc_esay'"),
     (['--tasks=arc_easy, piqa'], 'piqa/.*jsonl'),
     (['--tasks=arc_easy, mmlu@9'], 'mmlu@9: .* worked examples; ask for no more shots'),
     (['--tasks=arc_easy', '--config.evaluate.split=dev'], "evaluate.split = 'dev': arc_easy has the parts"),
@@ -275,6 +275,18 @@ def test_a_task_that_cannot_be_asked_is_refused_before_the_model_is_opened(
   (folder / 'mmlu').symlink_to(assets / 'mmlu')
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     command.main([f'--model={source}', '--harness', f'--config.evaluate.data={folder}', *words])
+
+
+def test_glues_tasks_are_the_harnesss_own(monkeypatch):
+  """Ours ask a classifier, and its own of the same name a model of language."""
+  asked = []
+  stand_in = types.SimpleNamespace(all_tasks=['sst2'], load=lambda names: asked.append(names) or {'tasks': {'sst2': 1}})
+  monkeypatch.setattr(harness, '_index', lambda name: stand_in)
+  assert harness.load('sst2') == [1] and asked == [['sst2']]
+  with pytest.raises(ValueError, match="lm-evaluation-harness has no task 'mnli-mismatched'"):
+    harness.load('mnli-mismatched')
+  results = {'results': {'sst2': {'acc,none': 0.5}}, 'n-samples': {'sst2': {'effective': 3}}}
+  assert harness.metrics('sst2', results) == ({'acc': 0.5}, {'questions': 3})
 
 
 def test_shots_and_part_of_a_foreign_task_are_its_own(stories, monkeypatch):

@@ -126,8 +126,8 @@ def encode_labelled(
   framed = tokenizer.framed(document.first, document.second, window)
   if framed.cut and not cuts:
     raise ValueError(
-      f'{_name(document)} is {framed.cut} tokens longer than the window of {window}: raise data.window, or let it be '
-      'cut (overflow = "cut")'
+      f'{_name(document)} is {framed.cut} tokens longer than the window of {window}: raise it, or let it be cut '
+      '(overflow = "cut")'
     )
   first = (np.arange(len(framed.ids)) == 0).astype(np.int32)
   return {

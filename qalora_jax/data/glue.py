@@ -9,10 +9,12 @@ import dataclasses
 import math
 import pathlib
 
+from qalora_jax import progress
 from qalora_jax.data import files
 
 _TABLES = ('.tsv', '.txt')
-HUB = 'nyu-mll/glue'
+_HUB = 'hf://datasets/nyu-mll/glue/{}/{}-00000-of-00001.parquet'
+PARTS = ('train', 'validation', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Task:
   folder: of GLUE's archive.  hub: the configuration of nyu-mll/glue.  fields: (first sentence, second or None, label)
   as GLUE's files and as the hub call them.  measures: GLUE's.  documents: in the train part.  classes: how many, 1 for
   a number.  words: how a file spells them, where not as 0, 1, ...  columns: of a file without header.  dev: GLUE's file
-  and the hub's part on which a model is measured.
+  and the hub's part on which a model is measured.  ragged: whether lines of another width than the header's are left
+  out, as they are by GLUE's own code.
   """
 
   name: str
@@ -36,6 +39,7 @@ class Task:
   words: tuple[str, ...] = ()
   columns: tuple[str, ...] = ()
   dev: tuple[str, str] = ('dev.tsv', 'validation')
+  ragged: bool = False
 
 
 _MATCHED = 'Williams et al., 2018 (MultiNLI)'
@@ -105,6 +109,7 @@ TASKS = {
       ('accuracy', 'f1'),
       363_846,
       'Iyer et al., 2017 (Quora Question Pairs)',
+      ragged=True,
     ),
     Task(
       'stsb',
@@ -120,15 +125,27 @@ TASKS = {
 }
 
 
-def read(task: Task, path: str) -> list[tuple[str, str | None, float]]:
-  """(first sentence, second or None, label) of every record of a file, or of the train part of a directory.
+def read(task: Task, path: str, split: str = 'train') -> list[tuple[str, str | None, float]]:
+  """(first sentence, second or None, label) of every record of a file, or of a part of a directory.
 
   Raises FileNotFoundError where there is no file, ValueError naming file, line (or record) and field of the first
   record that does not fit.
   """
-  file = path if path.startswith('hf://') or not pathlib.Path(path).is_dir() else part(task, path, 'train')
-  rows = _table(task, file) if pathlib.Path(file).suffix in _TABLES else files.records(file)
+  file = path if path.startswith('hf://') or not pathlib.Path(path).is_dir() else part(task, path, split)
+  rows = _table(task, file) if pathlib.Path(file.removesuffix('.gz')).suffix in _TABLES else files.records(file)
   return [_parsed(task, record, place) for place, record in rows]
+
+
+def on_hub(task: Task, split: str) -> str:
+  """The file of a part on the hub."""
+  return _HUB.format(task.hub, _names(task)[split][1])
+
+
+def _names(task: Task) -> dict[str, tuple[str, str]]:
+  """{part: (GLUE's file, the hub's part)}; MNLI has two dev parts, and a test part to each."""
+  file, name = task.dev
+  test = file.replace('dev', 'test'), name.replace('validation', 'test')
+  return {'train': ('train.tsv', 'train'), 'validation': task.dev, 'test': test}
 
 
 def part(task: Task, directory: str, split: str) -> str:
@@ -136,10 +153,11 @@ def part(task: Task, directory: str, split: str) -> str:
 
   FileNotFoundError, with what is looked for, where there is none.
   """
-  names = {'train': ('train.tsv', 'train'), 'validation': task.dev, 'test': ('test.tsv', 'test')}[split]
-  wanted = [names[0], f'{names[1]}-00000-of-00001.parquet']
-  if task.name == 'mrpc' and split != 'validation':
-    wanted.append(f'msr_paraphrase_{split}.txt')
+  file, name = _names(task)[split]
+  wanted = [file, f'{name}-00000-of-00001.parquet']
+  if task.name == 'mrpc' and split == 'test':
+    # As it was published, with labels.  Its train file holds GLUE's dev part too.
+    wanted.insert(0, 'msr_paraphrase_test.txt')
   folder = pathlib.Path(directory)
   for place in (folder, folder / task.folder, folder / 'glue' / task.folder, folder / task.hub):
     for name in wanted:
@@ -153,12 +171,15 @@ def part(task: Task, directory: str, split: str) -> str:
 
 def _table(task: Task, path: str) -> Iterator[tuple[str, dict]]:
   """(place, {column: text}) of every line below the header."""
-  header = task.columns
+  header, left_out = task.columns, 0
   for place, line in files.lines(path, files.text(path)):
     values = line.rstrip('\r').removeprefix('\ufeff').split('\t')
     # CoLA's test file alone has one.
     if not header or (header == task.columns and values[0] == 'index'):
       header = tuple(values)
+      continue
+    if len(values) != len(header) and task.ragged:
+      left_out += 1
       continue
     if len(values) != len(header):
       raise ValueError(
@@ -166,6 +187,8 @@ def _table(task: Task, path: str) -> Iterator[tuple[str, dict]]:
         'nothing is quoted: fetch the file again'
       )
     yield place, dict(zip(header, values, strict=True))
+  if left_out:
+    progress.console.print(f'{path}: {left_out} lines of other than {len(header)} columns are left out')
 
 
 def _parsed(task: Task, record: dict, place: str) -> tuple[str, str | None, float]:
@@ -177,9 +200,9 @@ def _parsed(task: Task, record: dict, place: str) -> tuple[str, str | None, floa
       'test files are not public: use its train and dev files'
     )
   first, second = (None if name is None else files.string(record, name, place, '') for name in names[:2])
-  for name, text in zip(names, (first, second), strict=False):
-    if text is not None and not text.strip():
-      raise ValueError(f'{place}: {name} is empty; fetch the file again')
+  # QQP has pairs with nothing for a question.
+  if not (first.strip() or (second or '').strip()):
+    raise ValueError(f'{place}: {" and ".join(filter(None, names[:2]))} is empty; fetch the file again')
   return first, second, _label(task, record[names[2]], f'{place}: {names[2]}')
 
 
@@ -190,9 +213,9 @@ def _label(task: Task, value, place: str) -> float:
     label = float(value)
   except (TypeError, ValueError):
     label = math.nan
-  if task.classes == 1 and math.isfinite(label):
+  if task.classes == 1 and 0 <= label <= 5:
     return label
   if task.classes > 1 and label in range(task.classes) and not (task.words and isinstance(value, str)):
     return label
-  known = ', '.join(task.words) or ('a number' if task.classes == 1 else f'0 to {task.classes - 1}')
+  known = ', '.join(task.words) or ('a number from 0 to 5' if task.classes == 1 else f'0 to {task.classes - 1}')
   raise ValueError(f'{place} is {value!r}; it must be {known} (-1 stands for labels that GLUE keeps to itself)')

@@ -136,7 +136,7 @@ RECIPES = {
 } | {
   task.name: Recipe(
     task.name,
-    f'hf://datasets/{glue.HUB}/{task.hub}/train-00000-of-00001.parquet',
+    glue.on_hub(task, 'train'),
     task.documents,
     f'{task.paper}, of GLUE (Wang et al., 2019)',
     f'train.tsv of {task.folder} in the archive of gluebenchmark.com',
@@ -168,15 +168,20 @@ def resolve(source: records.Source) -> records.Source:
     )
   plain = records.Source()
   own = {name: getattr(recipe, name) for name in _SETTINGS if getattr(source, name) == getattr(plain, name)}
-  return dataclasses.replace(source, recipe='', path=source.path or recipe.path, **own)
+  return dataclasses.replace(source, recipe='', path=source.path or _file(recipe, source.part), **own)
 
 
 def needs(source: records.Source) -> str:
   """What must be there, or is downloaded, to read the source: 'hf://... (52,002 documents)', or its path."""
   resolved = resolve(source)
-  if source.recipe and not source.path:
+  if source.recipe and resolved.path == _recipe(source.recipe).path:
     return f'{resolved.path} ({_recipe(source.recipe).documents:,} documents)'
   return resolved.path
+
+
+def _file(recipe: Recipe, part: str) -> str:
+  """The recipe's file on the hub: of GLUE the part's."""
+  return glue.on_hub(glue.TASKS[recipe.format], part) if recipe.format in glue.TASKS else recipe.path
 
 
 def _recipe(name: str) -> Recipe:

@@ -40,6 +40,7 @@ class Source:
 
   path: str = ''
   format: str = 'jsonl'
+  part: str = 'train'
   separator: str = ''
   start: int = 0
   stop: int = 0
@@ -144,7 +145,7 @@ def read(source: Source) -> list[Document]:
       documents = _TEXTS[source.format](source, files.text(source.path))
     else:
       _require_plain(source.template, source.path)
-      documents = [Labelled(*one) for one in glue.read(glue.TASKS[source.format], source.path)]
+      documents = [Labelled(*one) for one in glue.read(glue.TASKS[source.format], source.path, source.part)]
     tasks = [''] * len(documents)
   else:
     documents, tasks = [], []

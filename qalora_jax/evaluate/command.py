@@ -79,10 +79,11 @@ def main(argv=None) -> list[dict]:
     config.evaluate.tasks = values['tasks']
   # Read before the model is: a file that is missing is said at once.
   wanted = _asked_of_harness(config) if values['harness'] else read(config)
+  checked = functools.partial(check, config=config, wanted=wanted, harness=values['harness'])
   if values['adapters']:
-    loaded = adapted.open_summed(config, values['model'], values['adapters'])
+    loaded = adapted.open_summed(config, values['model'], values['adapters'], checked)
   else:
-    loaded = build.open_model(config, arguments.workdir, values['model'])
+    loaded = build.open_model(config, arguments.workdir, values['model'], checked)
   row = {'model': values['name'] or ' '.join(str(v) for v in loaded.origin.values())}
   scores, details = _scores(loaded, config, wanted, arguments.workdir, values['harness'])
   rows = [row | scores]
@@ -106,7 +107,9 @@ def evaluate(loaded: build.Loaded, config) -> dict:
 
   Raises ValueError where it names none.
   """
-  return _scores(loaded, config, read(config))[0]
+  wanted = read(config)
+  check(loaded.model, config, wanted)
+  return _scores(loaded, config, wanted)[0]
 
 
 def read(config) -> list[Wanted]:
@@ -171,13 +174,6 @@ def _scores(
 ) -> tuple[dict, list[dict]]:
   """(the row's columns, the table of tasks)."""
   settings = config.evaluate
-  datasets = (settings.text, settings.choices, settings.generation)
-  if not any(map(build.names_data, datasets)) and not wanted:
-    raise ValueError(
-      'nothing to score: set evaluate.text.path, evaluate.choices.path or evaluate.generation.path, or name --tasks.'
-    )
-  check_scorable(loaded.model, settings, wanted)
-  _check_head(loaded.model.config, settings, wanted, harness)
   folder = pathlib.Path(workdir) / 'answers' if workdir else None
   prompts, references = _continued(loaded, config)
   mesh = build.make_mesh(config)
@@ -191,8 +187,6 @@ def _scores(
       raise ValueError(
         f'{build.source(settings.choices).path}: evaluate.choices needs records with prompt, choices and answer.'
       )
-  if build.names_data(settings.text) or questions or any(isinstance(one.task, tasks.Text) for one in wanted):
-    check_window(config, loaded.model.config)
   # All are tokenized before any is scored: what does not fit is said at once.
   prepared = [None if harness else _prepared(loaded, config, one) for one in wanted]
   if build.names_data(settings.text):
@@ -227,7 +221,21 @@ def _scores(
   return row, details
 
 
-def check_scorable(model: nn.Module, settings, wanted: Sequence[Wanted] = ()) -> None:
+def check(model: nn.Module, config, wanted: list[Wanted], harness: bool = False) -> None:
+  """ValueError where nothing is to be scored, or something that such a model has no scores of."""
+  settings = config.evaluate
+  if not any(build.names_data(settings[name]) for name in ('text', 'choices', 'generation')) and not wanted:
+    raise ValueError(
+      'nothing to score: set evaluate.text.path, evaluate.choices.path or evaluate.generation.path, or name --tasks.'
+    )
+  _check_scorable(model, settings, wanted)
+  _check_head(model.config, settings, wanted, harness)
+  cut = any(build.names_data(settings[name]) for name in ('text', 'choices'))
+  if cut or any(isinstance(one.task, tasks.Text) for one in wanted):
+    _check_window(config, model.config)
+
+
+def _check_scorable(model: nn.Module, settings, wanted: Sequence[Wanted] = ()) -> None:
   """ValueError for data whose scores are the probabilities of a text's own tokens, where an encoder reads the text."""
   asked = [f'evaluate.{name}' for name in ('text', 'choices') if build.names_data(settings[name])]
   asked += ['evaluate.tasks'] if wanted else []
@@ -238,7 +246,7 @@ def check_scorable(model: nn.Module, settings, wanted: Sequence[Wanted] = ()) ->
     )
 
 
-def check_window(config, model: layers.Config) -> None:
+def _check_window(config, model: layers.Config) -> None:
   """ValueError where config.data.window is longer than the model's, beyond which it was never trained."""
   window, longest = config.data.window, model.max_position_embeddings
   if window > longest:
@@ -264,7 +272,10 @@ def _prepared(loaded: build.Loaded, config, one: Wanted) -> list:
     frame = functools.partial(
       examples.encode_labelled, tokenizer=loaded.tokenizer, window=window, cuts=settings.overflow == 'cut'
     )
-    return [frame(document) for document in one.content]
+    try:
+      return [frame(document) for document in one.content]
+    except ValueError as error:
+      raise ValueError(f'{one.label}: {error}; evaluate.overflow="cut" cuts it') from error
   return choices.ask(one.content, loaded.tokenizer, name=one.label, window=window, overflow=settings.overflow)
 
 
@@ -322,6 +333,12 @@ def _check_head(model: layers.Config, settings, wanted: list[Wanted], harness: b
       raise ValueError(
         f'{name} needs a classifier of {task.classes} output(s), and the model has {model.labels or "none"}: train one '
         f'with model.labels = {task.classes}.'
+      )
+    said = [word.lower() for word in model.words]
+    if sorted(said) == sorted(task.words) and said != list(task.words):
+      raise ValueError(
+        f"{name}: GLUE's classes are {', '.join(task.words)}, and the model's (id2label) {', '.join(model.words)}, in "
+        'another order: sort the rows of its classifier, and id2label, by that of GLUE.'
       )
 
 
@@ -397,7 +414,11 @@ def _continued(loaded: build.Loaded, config) -> tuple[dict[str, list[int]], list
   generation.packages()
   source = build.source(spec)
   grouped = generation.references(records.read(source), config.evaluate.limit, source.path)
-  prompts = {prompt: build.prompt(loaded, prompt, config.data.max_prompt) for prompt in grouped}
+  longest = config.data.max_prompt
+  if not cache.continues(loaded.model):
+    # As its encoder was trained (`examples.encode_answer`).
+    longest = min(longest or config.data.window, config.data.window)
+  prompts = {prompt: build.prompt(loaded, prompt, longest) for prompt in grouped}
   for prompt, tokens in prompts.items():
     try:
       cache.check(loaded.model, tokens)

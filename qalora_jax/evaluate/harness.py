@@ -235,6 +235,12 @@ class Model(harness_model.TemplateLM):
     )
 
 
+def _ours(name: str) -> tasks.Task | tasks.Text | None:
+  """Our task of this name; None for GLUE's, which we ask of a classifier and the harness of a model of language."""
+  own = tasks.TASKS.get(name)
+  return None if isinstance(own, tasks.Labelled) else own
+
+
 def load(name: str, *, data: str = '', split: str = '', shots: int = 0) -> list:
   """The harness's own tasks of this name, with its prompts and metrics.
 
@@ -246,12 +252,12 @@ def load(name: str, *, data: str = '', split: str = '', shots: int = 0) -> list:
   Raises ValueError for a name that the harness does not know, for a text, which it does not score as we do, for a part
   that is not there or not ours to choose, and for more shots than there are worked examples.
   """
-  own, manager = tasks.TASKS.get(name), _index(name)
+  own, manager = _ours(name), _index(name)
   if isinstance(own, tasks.Text):
     raise ValueError(f'{name} is scored by our own evaluator alone: leave --harness away, or leave {name} out.')
   if own is None:
     if name not in manager.all_tasks:
-      raise ValueError(f'--harness: neither qalora nor lm-evaluation-harness has a task {name!r}.')
+      raise ValueError(f'--harness: lm-evaluation-harness has no task {name!r}, and qalora none for a model of text.')
     if split:
       raise ValueError(
         f'evaluate.split = {split!r}: {name} is a task of the harness, which chooses its part; leave it.'
@@ -312,7 +318,7 @@ def metrics(name: str, results: dict) -> tuple[dict, dict]:
   Of a task that is ours they are those of `Task.metrics`; of others all that the harness reports, as 'TASK/METRIC'
   (or 'METRIC', where the task is `name` itself), and the number of questions.
   """
-  own = tasks.TASKS.get(name)
+  own = _ours(name)
   if own is None:
     measured = {
       f'{"" if task == name else f"{task}/"}{metric.removesuffix(",none")}': value

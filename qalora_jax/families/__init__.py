@@ -28,7 +28,7 @@ _AROUND = {family.model_type: family for family in (gemma.GEMMA3_BESIDE_VISION,)
 def find(model_type) -> Family:
   """The family of a config.json's model_type; ValueError with the known ones for another."""
   known = FAMILIES | _AROUND
-  if model_type not in known:
+  if model_type not in tuple(known):
     raise ValueError(f'model_type is {model_type!r}; supported: {", ".join(known)}.')
   return known[model_type]
 

@@ -19,7 +19,7 @@ _OPTIONAL = ('max_position_embeddings', 'type_vocab_size', 'layer_norm_eps', 'hi
 _WRITTEN = {'hidden_act': 'gelu', 'position_embedding_type': 'absolute'}
 _FIXED = {**_WRITTEN, 'is_decoder': False, 'add_cross_attention': False}
 _CLASSIFIES = 'BertForSequenceClassification'
-_PROBLEMS = (None, 'regression', 'single_label_classification')
+_PROBLEMS = ('regression', 'single_label_classification')
 
 _PREFIX, _OWN = 'bert.', ('embeddings.', 'encoder.', 'pooler.')
 _LAYER = 'bert.encoder.layer.{}.'
@@ -50,19 +50,40 @@ def read(raw: Mapping, **placed) -> bert.ModelConfig:
   """The config of a BERT's config.json; `placed`: dtype, remat.
 
   A classifier is there where `architectures` says so; its outputs are as many as id2label has entries.
+
+  ValueError where num_labels or problem_type do not go with them.
   """
   family.check_counts(raw, _REQUIRED)
   family.check_fixed(raw, _FIXED)
   said = family.stated(raw, (*_REQUIRED, *_OPTIONAL))
-  labels = 0
-  if _CLASSIFIES in (raw.get('architectures') or ()):
-    labels = raw.get('num_labels') or len(raw.get('id2label') or (0, 1))
-    if raw.get('problem_type') not in _PROBLEMS:
-      raise ValueError(f'problem_type = {raw["problem_type"]!r}; supported: regression, single_label_classification.')
+  said |= {key: family.number(said, key, 0.0) for key in ('layer_norm_eps',) if key in said}
+  labels, words = _labels(raw) if _CLASSIFIES in (raw.get('architectures') or ()) else (0, ())
   dropped = raw.get('classifier_dropout')
   if dropped is None:
     dropped = said.get('hidden_dropout_prob', bert.ModelConfig.hidden_dropout_prob)
-  return bert.ModelConfig(**said, classifier_dropout=dropped, labels=labels, **placed)
+  return bert.ModelConfig(**said, classifier_dropout=dropped, labels=labels, words=words, **placed)
+
+
+def _labels(raw: Mapping) -> tuple[int, tuple[str, ...]]:
+  """(outputs of the classifier, what its classes are called where that is said)."""
+  words = raw.get('id2label') or {}
+  if set(words) != {str(label) for label in range(len(words))}:
+    raise ValueError(f'id2label has the keys {", ".join(map(str, words))}; they are "0", "1", ...')
+  labels = family.count(raw, 'num_labels', len(words) or 2)
+  if words and len(words) != labels:
+    raise ValueError(f'num_labels = {labels}, and id2label has {len(words)} entries: leave num_labels away.')
+  problem = raw.get('problem_type')
+  if problem is not None:
+    family.check_choice('problem_type', problem, _PROBLEMS)
+    if (problem == _PROBLEMS[0]) != (labels == 1):
+      raise ValueError(f'problem_type = {problem!r} and {labels} label(s); {_PROBLEMS[0]!r} is of one, others of more.')
+  called = tuple(str(words[str(label)]) for label in range(len(words)))
+  return labels, () if called == _unnamed(labels) else called
+
+
+def _unnamed(labels: int) -> tuple[str, ...]:
+  """What transformers calls classes that have no name."""
+  return tuple(f'LABEL_{label}' for label in range(labels))
 
 
 def write(config: bert.ModelConfig) -> dict:
@@ -70,7 +91,7 @@ def write(config: bert.ModelConfig) -> dict:
   said = {key: getattr(config, key) for key in (*_REQUIRED, *_OPTIONAL, 'classifier_dropout')} | _WRITTEN
   if not config.labels:
     return said | {'architectures': ['BertModel']}
-  names = [f'LABEL_{label}' for label in range(config.labels)]
+  names = config.words or _unnamed(config.labels)
   return said | {
     'architectures': [_CLASSIFIES],
     'id2label': {str(label): name for label, name in enumerate(names)},
@@ -96,19 +117,32 @@ def ignored(config: bert.ModelConfig, name: str) -> bool:
   return name.startswith('cls.') or name == 'bert.embeddings.position_ids'
 
 
-def headed(config: bert.ModelConfig, labels: int, held: Callable[[], Mapping]) -> family.Headed:
+def headed(config: bert.ModelConfig, labels: int, held: Callable[[], Mapping], pooler: bool = False) -> family.Headed:
   """With a classifier of `labels` outputs (0: as the source has it), which trains, and a pooler if the source has one.
 
-  A classifier of another size counts as none.  What a source lacks is drawn, and trains.
+  A classifier of another size than is asked for counts as none, and so does that of another task (of tokens, of
+  choices).  What a source lacks is drawn, and trains; the source's pooler does where `pooler` says so.
+
+  ValueError for a pooler that is to train before no classifier, and a classifier of another size than config.json says.
   """
-  labels, held = labels or config.labels, held()
+  held, asked = held(), labels
+  stored = held.get(NAMES['classifier/kernel']) if config.labels else None
+  labels = labels or config.labels
   has_pooler = NAMES['pooler/kernel'] in held
+  if not labels and pooler:
+    raise ValueError('model.train_pooler = True, and the model has no classifier behind its pooler: set model.labels.')
   if not labels:
     return family.Headed(dataclasses.replace(config, labels=0, pooler=has_pooler))
-  config = dataclasses.replace(config, labels=labels, pooler=True)
-  classifies = held.get(NAMES['classifier/kernel']) == (labels, config.hidden_size)
+  if not asked and stored and stored != (labels, config.hidden_size):
+    raise ValueError(
+      f'config.json says {labels} labels (num_labels, id2label), and {NAMES["classifier/kernel"]} has the shape '
+      f'{stored}; correct config.json, or set model.labels to draw another.'
+    )
+  classifies = stored == (labels, config.hidden_size)
+  config = dataclasses.replace(config, labels=labels, pooler=True, words=config.words if classifies else ())
   drawn = (() if has_pooler else (bert.POOLER,)) + (() if classifies else (bert.CLASSIFIER,))
-  return family.Headed(config, trains=tuple(dict.fromkeys((*drawn, bert.CLASSIFIER))), drawn=drawn)
+  trains = (bert.POOLER, bert.CLASSIFIER) if pooler or not has_pooler else (bert.CLASSIFIER,)
+  return family.Headed(config, trains=trains, drawn=drawn)
 
 
 BERT = family.Family(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import dataclasses
+import math
 
 from flax import linen as nn
 
@@ -37,9 +38,11 @@ class Headed:
   drawn: tuple[str, ...] = ()
 
 
-def _headless(config, labels: int, held: Callable) -> Headed:
+def _headless(config, labels: int, held: Callable, pooler: bool = False) -> Headed:
   if labels:
     raise ValueError(f'model.labels = {labels}: a model of type {config.family!r} has no classifier; set it to 0.')
+  if pooler:
+    raise ValueError(f'model.train_pooler = True: a model of type {config.family!r} has no pooler; set it to False.')
   return Headed(config)
 
 
@@ -54,9 +57,11 @@ class Family:
   names(config): {path in the tree: name of the tensor}, {} standing for the layer of a stacked one.
   views(config): {name: View} of the tensors that files hold otherwise than under their name.
   ignored(config, name): whether a tensor of a file says nothing.
+  copies(config): {name: name of the tensor that it repeats} of those that say nothing only if they are alike.
   spelled(name): the name in `names` of a tensor that a file calls `name`.
-  headed(config, labels, held): `Headed`, with a classifier of so many outputs (0: as the source has it), of a source
-    whose tensors are held() = {name: shape}; ValueError where the family has no classifier.
+  headed(config, labels, held, pooler): `Headed`, with a classifier of so many outputs (0: as the source has it), of a
+    source whose tensors are held() = {name: shape}, and with a pooler that trains too; ValueError for what the family
+    has not.
   objective(config): what training it makes small.
   task_type: what PEFT calls a model of this kind.
   """
@@ -69,6 +74,7 @@ class Family:
   names: Callable[..., Mapping[str, str]]
   views: Callable[..., Mapping[str, View]] = lambda config: {}
   ignored: Callable[..., bool] = lambda config, name: False
+  copies: Callable[..., Mapping[str, str]] = lambda config: {}
   spelled: Callable[[str], str] = lambda name: name
   headed: Callable[..., Headed] = _headless
   objective: Callable[..., objectives.Objective] = lambda config: objectives.TOKENS
@@ -88,15 +94,34 @@ def check_counts(raw: Mapping, keys) -> None:
   for key in keys:
     if key not in raw:
       raise ValueError(f'has no "{key}"; copy the config.json that was published with the weights.')
-    if not isinstance(raw[key], int) or raw[key] < 1:
+    if isinstance(raw[key], bool) or not isinstance(raw[key], int) or raw[key] < 1:
       raise ValueError(f'{key} = {raw[key]!r}; it is a count of at least 1.')
 
 
 def check_fixed(raw: Mapping, fixed: Mapping) -> None:
-  """ValueError where config.json says otherwise than `fixed`, {key: the only value}; absent, a key means the same."""
+  """ValueError where config.json says otherwise than `fixed`, {key: the only value}; absent, a key means the same.
+
+  So does null where the value is False: transformers asks whether it is true.
+  """
   for key, value in fixed.items():
-    if raw.get(key, value) != value:
+    if raw.get(key, value) != value and not (raw[key] is None and value is False):
       raise ValueError(f'{key} = {raw[key]!r}; only {value!r} is supported.')
+
+
+def number(raw: Mapping, key: str, default: float) -> float:
+  """A number above 0 that config.json says, `default` where it is absent or null; ValueError for anything else."""
+  value = default if raw.get(key) is None else raw[key]
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    raise ValueError(f'{key} = {value!r}; it is a number above 0.')
+  return float(value)
+
+
+def count(raw: Mapping, key: str, default: int, least: int = 1) -> int:
+  """As `number`, of a whole number of at least `least`."""
+  value = default if raw.get(key) is None else raw[key]
+  if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    raise ValueError(f'{key} = {value!r}; it is a count of at least {least}.')
+  return value
 
 
 def stated(raw: Mapping, keys) -> dict:
@@ -106,7 +131,7 @@ def stated(raw: Mapping, keys) -> dict:
 
 def check_choice(key: str, value, words) -> None:
   """ValueError where config.json says something else than one of `words`."""
-  if value not in words:
+  if value not in tuple(words):
     raise ValueError(f'{key} = {value!r}; supported: {", ".join(words)}.')
 
 

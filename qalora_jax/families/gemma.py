@@ -50,7 +50,7 @@ def _read(raw: Mapping, pattern: int) -> dict:
     post_norms=True,
     kinds=tuple(kinds),
     window=family.window(raw, 4096),
-    attention_scale=float(raw.get('query_pre_attn_scalar', 256)) ** -0.5,
+    attention_scale=family.number(raw, 'query_pre_attn_scalar', 256) ** -0.5,
     embedding_scale=float(said['hidden_size']) ** 0.5,
   )
 
@@ -93,7 +93,7 @@ def read_3(raw: Mapping, **placed) -> decoder.Config:
   """The config of a Gemma 3's text config.json; `placed`: dtype, remat."""
   # transformers has the key, and does not look at it.
   family.check_fixed(raw, {'attn_logit_softcapping': None})
-  pattern = raw.get('sliding_window_pattern', raw.get('_sliding_window_pattern', 6))
+  pattern = family.count(raw, 'sliding_window_pattern', family.count(raw, '_sliding_window_pattern', 6))
   (theta, scaling), (local_theta, local_scaling) = rope.read_by_kind(raw, _THETA, _LOCAL_THETA)
   return decoder.Config(
     **_read(raw, pattern),
@@ -113,12 +113,16 @@ def read_beside_vision(raw: Mapping, **placed) -> decoder.Config:
   text = raw.get('text_config')
   if not isinstance(text, Mapping):
     raise ValueError('has no "text_config"; copy the config.json that was published with the weights.')
-  return read_3(_TEXT | text, **placed)
+  # transformers 5 looks at the one outside, earlier ones looked at the one within.
+  outer, inner = (family.stated(said, ('tie_word_embeddings',)) for said in (raw, text))
+  if outer and inner and outer != inner:
+    raise ValueError('tie_word_embeddings is said twice, and not alike; leave that of text_config away.')
+  return read_3(_TEXT | text | inner | outer, **placed)
 
 
 def spelled(name: str) -> str:
   """The name in a text model alone of one in a model with a vision tower."""
-  return re.sub(r'^(language_model\.(?=model\.|lm_head\.)|model\.language_model\.)', _outer, name)
+  return llama.spelled(re.sub(r'^(language_model\.(?=model\.|lm_head\.)|model\.language_model\.)', _outer, name))
 
 
 def _outer(match: re.Match) -> str:
@@ -150,6 +154,8 @@ GEMMA2 = family.Family(
   write=write_2,
   names=llama.names,
   ignored=llama.ignored,
+  copies=llama.copies,
+  spelled=llama.spelled,
 )
 GEMMA3 = family.Family(
   model_type='gemma3_text',
@@ -159,6 +165,7 @@ GEMMA3 = family.Family(
   write=write_3,
   names=llama.names,
   ignored=ignored,
+  copies=llama.copies,
   spelled=spelled,
 )
 # Read alone: what is written is the text model.

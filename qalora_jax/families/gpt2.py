@@ -15,7 +15,7 @@ _COUNTS = {
   'n_positions': 'max_position_embeddings',
 }
 # reorder_and_upcast_attn says how precisely scores are added up, which here is always in float32.
-_FIXED = {'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
+_FIXED = {'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False, 'is_causal': True}
 
 _OUTER = {
   'embedding': 'transformer.wte.weight',
@@ -57,8 +57,8 @@ def read(raw: Mapping, **placed) -> decoder.Config:
     intermediate_size=raw.get('n_inner') or 4 * said['hidden_size'],
     num_key_value_heads=said['num_attention_heads'],
     rope_theta=0.0,
-    rms_norm_eps=raw.get('layer_norm_epsilon', 1e-5),
-    tie_word_embeddings=raw.get('tie_word_embeddings', True),
+    rms_norm_eps=family.number(raw, 'layer_norm_epsilon', 1e-5),
+    tie_word_embeddings=family.stated(raw, ('tie_word_embeddings',)).get('tie_word_embeddings', True),
     activation=activation,
     gated=False,
     norm='layer',
@@ -110,7 +110,12 @@ def views(config: decoder.Config) -> dict[str, family.View]:
 def ignored(config: decoder.Config, name: str) -> bool:
   """Old checkpoints' causal masks, and the second copy of a tied head."""
   is_mask = re.search(r'\.attn\.(masked_)?bias$', name) is not None
-  return is_mask or (config.tie_word_embeddings and name == _OUTER['lm_head/kernel'])
+  return is_mask or name in copies(config)
+
+
+def copies(config: decoder.Config) -> dict[str, str]:
+  """The head of a model that says it is tied."""
+  return {_OUTER['lm_head/kernel']: _OUTER['embedding']} if config.tie_word_embeddings else {}
 
 
 def spelled(name: str) -> str:
@@ -127,5 +132,6 @@ GPT2 = family.Family(
   names=names,
   views=views,
   ignored=ignored,
+  copies=copies,
   spelled=spelled,
 )

@@ -5,6 +5,7 @@ config.json may say what a model does in training alone (dropout, initializer_ra
 
 from collections.abc import Iterable
 from collections.abc import Mapping
+import re
 
 from qalora_jax.families import family
 from qalora_jax.families import rope
@@ -22,6 +23,7 @@ _OUTER = {
   'norm/scale': 'model.norm.weight',
   'lm_head/kernel': 'lm_head.weight',
 }
+_BARE = re.compile(r'(embed_tokens|layers|norm)\.')
 _NORMS = {'attention_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm'}
 _NORMS_TWICE = {
   'attention_norm': 'input_layernorm',
@@ -37,11 +39,14 @@ def shape(raw: Mapping, *, required: Iterable[str] = (), activation: str = 'hidd
   `required`: counts that it has to state beside SIZES.  `activation`: the key of the activation's name.  `defaults`:
   what keys mean that are absent or null, where that is not what LLaMA's mean.
   """
+  # Not said or true, as in all that was published: transformers lets tokens see those behind them where it is not.
+  family.check_fixed(raw, {'is_causal': True})
   also = [key for key in _COUNTS if raw.get(key) is not None]
   family.check_counts(raw, (*SIZES, *required, *also))
   # Before LLaMA 2 the file did not say it: every head had its own keys and values.
   heads = raw.get('num_key_value_heads') or raw['num_attention_heads']
   said = defaults | family.stated(raw, (*SIZES, *_OPTIONAL, activation))
+  said |= {key: family.number(said, key, 0.0) for key in ('rms_norm_eps',) if key in said}
   name = said.pop(activation, 'silu')
   family.check_choice(activation, name, decoder.ACTIVATIONS)
   biased = decoder.ATTENTION if raw.get('attention_bias') else ()
@@ -95,7 +100,17 @@ def names(config: decoder.Config) -> dict[str, str]:
 
 def ignored(config: decoder.Config, name: str) -> bool:
   """Old checkpoints' rotary frequencies, and the second copy of a tied head."""
-  return name.endswith('.rotary_emb.inv_freq') or (config.tie_word_embeddings and name == _OUTER['lm_head/kernel'])
+  return name.endswith('.rotary_emb.inv_freq') or name in copies(config)
+
+
+def copies(config: decoder.Config) -> dict[str, str]:
+  """The head of a model that says it is tied."""
+  return {_OUTER['lm_head/kernel']: _OUTER['embedding']} if config.tie_word_embeddings else {}
+
+
+def spelled(name: str) -> str:
+  """The name in a model with a head of one in a model without."""
+  return f'model.{name}' if _BARE.match(name) else name
 
 
 LLAMA = family.Family(
@@ -106,4 +121,6 @@ LLAMA = family.Family(
   write=write,
   names=names,
   ignored=ignored,
+  copies=copies,
+  spelled=spelled,
 )

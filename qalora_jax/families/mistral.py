@@ -7,14 +7,17 @@ from qalora_jax.families import llama
 from qalora_jax.models import decoder
 
 _REQUIRED = ('num_key_value_heads', 'max_position_embeddings')
-# layer_types, which transformers' Mistral does not look at either, is Ministral's.
-_FIXED = {'attention_bias': False, 'mlp_bias': False, 'layer_types': None}
+_FIXED = {'attention_bias': False, 'mlp_bias': False}
 
 
 def read(raw: Mapping, **placed) -> decoder.Config:
   """The config of a Mistral's config.json; `placed`: dtype, remat."""
   family.check_fixed(raw, _FIXED)
   window = family.window(raw, 4096)
+  # transformers' Mistral does not look at layer_types, which are Ministral's, with layers of both kinds.
+  kind = decoder.SLIDING if window else decoder.FULL
+  if other := set(raw.get('layer_types') or ()) - {kind}:
+    raise ValueError(f'layer_types has {sorted(other)[0]!r}; with this sliding_window every layer is {kind!r}.')
   return decoder.Config(
     **llama.shape(raw, required=_REQUIRED), **llama.turned(raw), window=window, family='mistral', **placed
   )
@@ -35,4 +38,6 @@ MISTRAL = family.Family(
   write=write,
   names=llama.names,
   ignored=llama.ignored,
+  copies=llama.copies,
+  spelled=llama.spelled,
 )

@@ -44,4 +44,6 @@ PHI3 = family.Family(
   names=llama.names,
   views=views,
   ignored=llama.ignored,
+  copies=llama.copies,
+  spelled=llama.spelled,
 )

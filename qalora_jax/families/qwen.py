@@ -17,7 +17,7 @@ _FIXED = {'mlp_bias': False, 'use_mrope': False}
 def _windows(raw: Mapping) -> dict:
   """The fields of decoder.Config for what config.json says of windows; absent, keys mean what transformers says."""
   depth, window = raw['num_hidden_layers'], family.window(raw, 4096) if raw.get('use_sliding_window') else 0
-  first = raw.get('max_window_layers', 28)
+  first = family.count(raw, 'max_window_layers', 28, least=0)
   by_number = [decoder.SLIDING if window and layer >= first else decoder.FULL for layer in range(depth)]
   return dict(window=window, kinds=tuple(raw.get('layer_types') or by_number))
 
@@ -37,15 +37,13 @@ def read_2(raw: Mapping, **placed) -> decoder.Config:
   """The config of a Qwen 2's config.json; `placed`: dtype, remat."""
   family.check_fixed(raw, _FIXED | {'attention_bias': True})
   said = llama.shape(raw, required=_REQUIRED) | dict(biased=decoder.QUERY_KEY_VALUE)
-  # transformers divides the width by the heads, whatever is said.
-  said['head_dim'] = 0
   return decoder.Config(**said, **llama.turned(raw), **_windows(raw), family='qwen2', **placed)
 
 
 def write_2(config: decoder.Config) -> dict:
   """What config.json says of a Qwen 2."""
   said = llama.stated(config) | llama.stated_turning(config) | _stated_windows(config)
-  del said['attention_bias'], said['head_dim']
+  del said['attention_bias']
   return said
 
 
@@ -69,6 +67,8 @@ QWEN2 = family.Family(
   write=write_2,
   names=llama.names,
   ignored=llama.ignored,
+  copies=llama.copies,
+  spelled=llama.spelled,
 )
 QWEN3 = family.Family(
   model_type='qwen3',
@@ -78,4 +78,6 @@ QWEN3 = family.Family(
   write=write_3,
   names=llama.names,
   ignored=llama.ignored,
+  copies=llama.copies,
+  spelled=llama.spelled,
 )

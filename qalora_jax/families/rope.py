@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 
+from qalora_jax.families import family
 from qalora_jax.models import decoder
 from qalora_jax.models import rotary
 
@@ -15,12 +16,13 @@ def read(raw: Mapping) -> tuple[float, Scaling]:
   ValueError for a scaling that is not known, or says too little, for rotations of a part of a head, and for more than
   one scaling.
   """
-  newer = raw.get('rope_parameters') or {}
+  newer, older = _said(raw, 'rope_parameters'), _said(raw, 'rope_scaling')
   if kinds := [key for key in newer if key in decoder.KINDS]:
     raise ValueError(f'rope_parameters differ by layer ({", ".join(kinds)}); this model_type has one for all.')
   _check_whole(raw)
-  theta = float(newer.get('rope_theta', raw.get('rope_theta', 10000.0)))
-  return theta, scaling(newer or raw.get('rope_scaling') or {})
+  _check_alike(newer, older)
+  own = newer or older
+  return _theta(raw, 'rope_theta', own, 10000.0, strict=own is older), scaling(own)
 
 
 def read_by_kind(raw: Mapping, whole: float, local: float) -> tuple[tuple[float, Scaling], tuple[float, Scaling]]:
@@ -29,22 +31,47 @@ def read_by_kind(raw: Mapping, whole: float, local: float) -> tuple[tuple[float,
   transformers 5 keeps them in `rope_parameters` by kind, earlier ones in rope_theta and rope_scaling, of the former
   alone, and rope_local_base_freq.  ValueError as `read`.
   """
-  newer = raw.get('rope_parameters') or {}
+  newer = _said(raw, 'rope_parameters')
   if newer and not set(newer) & set(decoder.KINDS):
     raise ValueError(f'rope_parameters has none of {", ".join(decoder.KINDS)}, and this model_type turns by kind.')
   _check_whole(raw)
   found = []
-  older = {decoder.FULL: raw.get('rope_scaling') or {}, decoder.SLIDING: {}}
+  older = {decoder.FULL: _said(raw, 'rope_scaling'), decoder.SLIDING: {}}
   thetas = {decoder.FULL: ('rope_theta', whole), decoder.SLIDING: ('rope_local_base_freq', local)}
   for kind, (key, default) in thetas.items():
-    own = newer.get(kind) or older[kind]
+    _check_alike(_said(newer, kind), older[kind])
+    own = _said(newer, kind) or older[kind]
     _check_whole(own)
-    found.append((float(own.get('rope_theta', raw.get(key, default))), scaling(own)))
+    found.append((_theta(raw, key, own, default, strict=own is older[kind]), scaling(own)))
   return tuple(found)
 
 
+def _said(raw: Mapping, key: str) -> Mapping:
+  """What config.json says under a key, {} for nothing."""
+  value = raw.get(key) or {}
+  if not isinstance(value, Mapping):
+    raise ValueError(f'{key} = {value!r}; it is an object, as {{"rope_type": "linear", "factor": 2.0}}.')
+  return value
+
+
+def _theta(raw: Mapping, key: str, own: Mapping, default: float, strict: bool) -> float:
+  """The theta of one kind of layers: what `own` says, else what `raw` says under `key`.
+
+  ValueError where both do and differ, if `strict`: transformers 5 takes the former, earlier ones took the latter.
+  """
+  if strict and None not in (own.get('rope_theta'), raw.get(key)) and own['rope_theta'] != raw[key]:
+    raise ValueError(f'rope_scaling says rope_theta = {own["rope_theta"]!r}, and {key} = {raw[key]!r}: leave one away.')
+  return family.number(own, 'rope_theta', family.number(raw, key, default))
+
+
+def _check_alike(newer: Mapping, older: Mapping) -> None:
+  """ValueError where both are there and scale otherwise: transformers lets rope_scaling take the other's place."""
+  if newer and older and scaling(newer) != scaling(older):
+    raise ValueError('rope_parameters and rope_scaling say different things; say all in rope_parameters.')
+
+
 def _check_whole(said: Mapping) -> None:
-  for one in (said, said.get('rope_parameters') or {}, said.get('rope_scaling') or {}):
+  for one in (said, _said(said, 'rope_parameters'), _said(said, 'rope_scaling')):
     if (one.get('partial_rotary_factor') or 1.0) != 1.0:
       raise ValueError(f'partial_rotary_factor = {one["partial_rotary_factor"]!r}; only 1.0 is supported.')
 
@@ -57,8 +84,10 @@ def scaling(said: Mapping) -> Scaling:
   if kind not in rotary.SCALINGS:
     raise ValueError(f'RoPE is scaled as {kind!r}; supported: default, {", ".join(rotary.SCALINGS)}.')
   fields = [field.name for field in dataclasses.fields(rotary.SCALINGS[kind])]
-  if missing := [name for name in fields if name not in said]:
+  if missing := [name for name in fields if said.get(name) is None]:
     raise ValueError(f'RoPE scaling "{kind}" has no {", ".join(missing)}.')
+  for name in fields:
+    family.number(said, name, 1.0)
   return rotary.SCALINGS[kind](**{name: said[name] for name in fields})
 
 

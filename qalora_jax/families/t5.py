@@ -48,12 +48,9 @@ _PARTS = {
   'mlp': {linear.ENCODER: 'layer.1.DenseReluDense', linear.DECODER: 'layer.2.DenseReluDense'},
 }
 _MATRICES = {'q_proj': 'q', 'k_proj': 'k', 'v_proj': 'v', 'o_proj': 'o', 'down_proj': 'wo'}
-# The files hold copies of the embedding, and old ones a table that no model reads.
-_IGNORED = (
-  'encoder.embed_tokens.weight',
-  'decoder.embed_tokens.weight',
-  'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',
-)
+_COPIES = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
+# Old files hold a table that no model reads.
+_IGNORED = ('decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight',)
 
 
 def read(raw: Mapping, **placed) -> t5.ModelConfig:
@@ -68,11 +65,13 @@ def read(raw: Mapping, **placed) -> t5.ModelConfig:
   said = {field: raw[key] for key, field in _REQUIRED.items()}
   said |= {_OPTIONAL[key]: value for key, value in family.stated(raw, _OPTIONAL).items()}
   decoder = family.stated(raw, ('num_decoder_layers',)).get('num_decoder_layers', raw['num_layers'])
-  tied = raw.get('tie_word_embeddings', True)
-  if raw.get('scale_decoder_outputs', tied) != tied:
+  tied = family.stated(raw, ('tie_word_embeddings',)).get('tie_word_embeddings', True)
+  if family.stated(raw, ('scale_decoder_outputs',)).get('scale_decoder_outputs', tied) != tied:
     if not tied:
       raise ValueError('tie_word_embeddings = False, scale_decoder_outputs = True; a head of its own is not scaled.')
     tied = False
+  said['layer_norm_epsilon'] = family.number(raw, 'layer_norm_epsilon', t5.ModelConfig.layer_norm_epsilon)
+  family.check_choice('feed_forward_proj', said.get('feed_forward_proj', 'relu'), _ACTIVATIONS)
   config = t5.ModelConfig(**said, num_decoder_layers=decoder, tie_word_embeddings=tied, **placed)
   act, gated = _ACTIVATIONS[config.feed_forward_proj]
   family.check_fixed(raw, {'dense_act_fn': act, 'is_gated_act': gated})
@@ -108,7 +107,13 @@ def names(config: t5.ModelConfig) -> dict[str, str]:
 
 def ignored(config: t5.ModelConfig, name: str) -> bool:
   """Copies of the embedding, that of a tied head among them, and a table that no model reads."""
-  return name in _IGNORED or (config.tie_word_embeddings and name == NAMES['lm_head/kernel'])
+  return name in _IGNORED or name in copies(config)
+
+
+def copies(config: t5.ModelConfig) -> dict[str, str]:
+  """The embedding of both stacks, and the head of a model that says it is tied."""
+  heads = (NAMES['lm_head/kernel'],) if config.tie_word_embeddings else ()
+  return dict.fromkeys((*_COPIES, *heads), NAMES['embedding'])
 
 
 T5 = family.Family(
@@ -119,6 +124,7 @@ T5 = family.Family(
   write=write,
   names=names,
   ignored=ignored,
+  copies=copies,
   objective=lambda config: objectives.ANSWERS,
   task_type='SEQ_2_SEQ_LM',
 )

@@ -7,6 +7,8 @@ import json
 import pathlib
 import sys
 
+from flax import linen as nn
+
 from qalora_jax import adapted
 from qalora_jax import build
 from qalora_jax import cli
@@ -56,10 +58,7 @@ def main(argv=None) -> str | list[dict]:
   if output and output.exists():
     raise ValueError(f'--output={output} exists; name another file or remove it first.')
   asked = records.prompts(values['prompts']) if values['prompts'] else []
-  model = adapted.open_any(config, arguments.workdir, values['model'], values['adapters'])
-  written_by = model.loaded.model.config
-  if families.objective(written_by) is objectives.LABELS:
-    raise ValueError(f'a model of type {written_by.family!r} says labels of sentences and writes nothing.')
+  model = adapted.open_any(config, arguments.workdir, values['model'], values['adapters'], _check_writes)
   model.check([values['adapter'], *(_named(record, '') for record in asked)])
   if values['prompts']:
     return _many(model, config, asked, values['adapter'], output)
@@ -69,6 +68,12 @@ def main(argv=None) -> str | list[dict]:
   if cache.continues(loaded.model):
     print(values['prompt'], end='', flush=True)
   return _one(loaded, config, build.prompt(loaded, values['prompt']))
+
+
+def _check_writes(model: nn.Module) -> None:
+  """ValueError for a model that writes nothing."""
+  if families.objective(model.config) is objectives.LABELS:
+    raise ValueError(f'a model of type {model.config.family!r} says labels of sentences and writes nothing.')
 
 
 def _one(loaded: build.Loaded, config, tokens: list[int]) -> str:

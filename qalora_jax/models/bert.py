@@ -27,9 +27,10 @@ POOLER, CLASSIFIER = 'pooler', 'classifier'
 class ModelConfig:
   """A BERT's shapes and constants, named as in Hugging Face's config.json; `dtype` is that of the arithmetic.
 
-  labels: outputs of the classifier (1: a number); 0: there is none.  pooler: whether there is one, as any classifier
-  needs.  hidden_dropout_prob is that of embeddings and of what attention and mlp add, classifier_dropout that of the
-  classifier's input; they act in training.
+  labels: outputs of the classifier (1: a number); 0: there is none.  words: what its classes are called, if that is
+  known.  pooler: whether there is one, as any classifier needs.  hidden_dropout_prob is that of embeddings and of what
+  attention and mlp add, classifier_dropout that of the classifier's input; they act in training.  That of attention's
+  weights (attention_probs_dropout_prob) is not computed.
   """
 
   vocab_size: int
@@ -44,6 +45,7 @@ class ModelConfig:
   classifier_dropout: float = 0.1
   pad_token_id: int = 0
   labels: int = 0
+  words: tuple[str, ...] = ()
   pooler: bool = True
   dtype: jnp.dtype = jnp.float32
   remat: str = 'none'

@@ -8,10 +8,7 @@ import numpy as np
 
 from qalora_jax.data import glue
 from qalora_jax.data import records
-from qalora_jax.evaluate.tasks import hub
 from qalora_jax.evaluate.tasks import task
-
-_PARTS = ('train', 'validation', 'test')
 
 
 def accuracy(predicted, labels) -> float:
@@ -59,17 +56,15 @@ _MEASURES = {'accuracy': accuracy, 'f1': f1, 'matthews': matthews, 'pearson': pe
 
 def _documents(one: glue.Task, data: str, split: str, limit: int = 0) -> list[records.Labelled]:
   """The first `limit` (0: all) sentences of a part with their labels, from the hub or the directory `data`."""
-  split = task.part(one.name, 'validation', 'validation' if split == 'dev' else split, _PARTS)
-  if data:
-    path = glue.part(one, data, split)
-  else:
-    name = one.dev[1] if split == 'validation' else split
-    path = hub.PARQUET.format(repository=glue.HUB, folder=one.hub, name=name)
+  split = task.part(one.name, 'validation', 'validation' if split == 'dev' else split, glue.PARTS)
+  path = glue.part(one, data, split) if data else glue.on_hub(one, split)
   return records.read(records.Source(path=path, format=one.name))[: limit or None]
 
 
 def _metrics(one: glue.Task, outputs: np.ndarray, labels: Sequence[float]) -> dict:
   """GLUE's measures of what a head gives out, [N, labels], and the standard error of an accuracy."""
+  if not np.isfinite(outputs).all():
+    raise ValueError(f'{one.name}: the model gives out NaN or infinity; it is damaged, or its training diverged')
   predicted = outputs[:, 0] if one.classes == 1 else outputs.argmax(-1)
   found = {name: _MEASURES[name](predicted, labels) for name in one.measures}
   if 'accuracy' in found:
@@ -84,6 +79,7 @@ TASKS = tuple(
     classes=one.classes,
     documents=functools.partial(_documents, one),
     metrics=functools.partial(_metrics, one),
+    words=one.words,
   )
   for one in glue.TASKS.values()
 )

@@ -69,9 +69,9 @@ class Text:
 class Labelled:
   """Sentences, or pairs, of which a head says a class or a number.
 
-  classes: outputs of the head that it needs, 1 for a number.  documents(data, split, limit) -> `records.Labelled`, all
-  read and checked; `data`, `split` and `limit` as in Task.  metrics(outputs [N, classes], labels) -> {name: value},
-  with the standard_error of an accuracy.
+  classes: outputs of the head that it needs, 1 for a number.  words: what they are called, if anything.
+  documents(data, split, limit) -> `records.Labelled`, all read and checked; `data`, `split` and `limit` as in Task.
+  metrics(outputs [N, classes], labels) -> {name: value}, with the standard_error of an accuracy.
   """
 
   name: str
@@ -79,6 +79,7 @@ class Labelled:
   classes: int
   documents: Callable[..., list]
   metrics: Callable[..., dict]
+  words: tuple[str, ...] = ()
 
 
 def share(right: Sequence[bool]) -> float:
