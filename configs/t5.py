@@ -5,6 +5,9 @@ dense 40.1, 42.1, 48.0 and 54.3 with 80M, 250M, 780M and 3B parameters, NF4 with
 its text: rank 64, alpha 16, adapters on all projections, beta2 0.999, gradients clipped at 0.3, dropout 0.1, a constant
 rate of 2e-4.  What it does not say of T5 is chosen here: inputs of 1024 tokens, answers of 128, 10,000 steps of 16.
 
+Where the hub has a model as pytorch_model.bin alone, transformers' from_pretrained and save_pretrained write it as
+safetensors; name that directory as model.source.
+
 A record is a prompt, the task's definition and its examples written out, and a completion.  GPTQ goes through decoders
 alone, so the base is rounded to nearest.
 """

@@ -9,10 +9,13 @@ tokens; the rates are those of configs/minilm.py.  At the end SST-2 once more, o
 
 Every run is a chain of `qalora` commands (`pipeline`), of which what is finished is not done again: cut short, or
 stopped by --limit, the same command goes on, and what is measured so far is in the table.  Such commands side by side
-share the rows among them; the table was made by two, each on a core of its own.  Reads GLUE's own files below --data
-(default: those of the assets that configs/babyllama.py finds).  Both tasks are scored on GLUE's dev part: the 872
-sentences of SST-2, which that copy calls test, and the 408 pairs of MRPC.  Writes runs/glue and
+share the rows among them; the table was made by two, each on a core of its own.  Writes runs/glue and
 experiments/results/glue.{json,md,png}; --render only renders the last two.
+
+Reads GLUE's own files below --data (default: those of the assets that configs/babyllama.py finds).  Both tasks are
+scored on GLUE's dev part: the 872 sentences of SST-2, which that copy calls test, and the 408 pairs of MRPC.  That
+copy's train part of SST-2 is nine tenths of GLUE's (60,614 sentences of 67,349); the rest, its dev part, is what rates
+were chosen by.  The head is pooler and classifier: nothing ever trained MiniLM's pooler.
 
 Read the table by task: `accuracy` and `f1` are means over seeds with the sample standard deviation; beside it a score
 of one model has a standard error, of about 0.9 points on SST-2 and 1.7 on MRPC.  `bytes` are those of all weights that

@@ -90,11 +90,19 @@ def test_copies_verbatim_what_exists(trained, tmp_path):
 
 def test_missing_files_are_named(tmp_path):
   for call in (tokenizer.load, lambda directory: tokenizer.copy(directory, tmp_path / 'copy')):
-    with pytest.raises(FileNotFoundError, match=f'{tmp_path}.*tokenizer.model and tokenizer.json'):
+    with pytest.raises(FileNotFoundError, match=f'{tmp_path}.*tokenizer.model, tokenizer.json, spiece.model'):
       call(tmp_path)
 
 
-@pytest.mark.parametrize('name', ['tokenizer.model', 'tokenizer.json'])
+def test_t5_calls_a_sentencepiece_model_otherwise(assets, tmp_path):
+  stories = assets / 'models' / 'stories260K'
+  (tmp_path / 'spiece.model').write_bytes((stories / 'tokenizer.model').read_bytes())
+  tokenizer.copy(tmp_path, tmp_path / 'copy')
+  ids = [tokenizer.load(place).encode('Once upon a time') for place in (stories, tmp_path, tmp_path / 'copy')]
+  assert ids[0] == ids[1] == ids[2]
+
+
+@pytest.mark.parametrize('name', ['tokenizer.model', 'tokenizer.json', 'spiece.model'])
 def test_unreadable_files_are_named(tmp_path, name):
   (tmp_path / name).write_text('version https://git-lfs.github.com/spec/v1')
   with pytest.raises(ValueError, match=name):

@@ -1,8 +1,8 @@
 """Beam search: the likeliest text that keeping W beginnings at a time finds.
 
 A beginning has the score sum log p of its tokens.  At every step the K likeliest continuations of a row's W beginnings
-are looked at, K = W (1 + number of ends), so that W of them can go on.  Those of the W likeliest that end (by a token
-of `ends`, which counts, or by the budget) are compared by
+are looked at, K = W max(2, 1 + number of ends), so that W of them can go on.  Those of the W likeliest that end (by a
+token of `ends`, which counts, or by the budget) are compared by
 
     score = sum log p / length^penalty
 
