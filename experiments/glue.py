@@ -2,8 +2,8 @@
 
 MiniLM-L6 (configs/minilm.py) on SST-2 and MRPC.  Grid: full fine-tuning, LoRA, the head alone; QLoRA (NF4, double
 quantization) as trained, and merged and quantized again; QA-LoRA at 4, 3 and 2 bits on a rounded base, on a GPTQ base
-and on one with refined offsets; seeds 0, 1, 2.  All of a task see the same examples, equally often, in rows of 128
-tokens; the rates are those of configs/minilm.py.  At the end SST-2 once more, once through, by full fine-tuning.
+and on one with refined offsets; seeds 0, 1, 2.  All of a task see the same examples, equally often, 512 tokens a
+step; the rates are those of configs/minilm.py.  At the end SST-2 once more, once through, by full fine-tuning.
 
     python -m experiments.glue [sst2 mrpc] [--data=DIRECTORY] [--seeds=1] [--limit=SECONDS] [--render]
 
@@ -49,10 +49,10 @@ from qalora_jax import report
 RUNS = pathlib.Path('runs/glue')
 RESULTS = pathlib.Path('experiments/results/glue')
 SEEDS, BITS = (0, 1, 2), (4, 3, 2)
-# By task: the folder of its files, the part of these that is GLUE's dev part, its measures, steps (of four rows).
+# By task: the folder of its files, the part of these that is GLUE's dev part, its measures, steps.
 TASKS = {
   'sst2': ('SST-2', 'test', ('accuracy',), 300),
-  'mrpc': ('MRPC', 'validation', ('accuracy', 'f1'), 450),
+  'mrpc': ('MRPC', 'validation', ('accuracy', 'f1'), 360),
 }
 WINDOWS = 64
 GPTQ = {'base.method': 'gptq'}

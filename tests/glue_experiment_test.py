@@ -84,7 +84,10 @@ def test_an_unknown_task_is_named(place, monkeypatch, capsys):
   assert "no task 'sst3'; there are sst2, mrpc" in capsys.readouterr().err
 
 
-def test_recipes_differ_in_what_is_trained_alone():
-  of = lambda kind: config_lib.recipe(f'configs/{kind}_minilm_sst2.py')
-  assert {of(kind).data.window for kind in ('full', 'head', 'lora', 'qlora', 'qalora')} == {128}
-  assert {of(kind).train.batch for kind in ('full', 'head', 'lora', 'qlora', 'qalora')} == {4}
+@pytest.mark.parametrize('task', glue.TASKS)
+def test_all_of_a_task_see_the_same(task):
+  recipes = [
+    config_lib.recipe(f'configs/{kind}_minilm_{task}.py') for kind in ('full', 'head', 'lora', 'qlora', 'qalora')
+  ]
+  assert len({str(recipe.data) for recipe in recipes}) == len({str(recipe.train) for recipe in recipes}) == 1
+  assert {recipe.train.batch * recipe.data.window for recipe in recipes} == {512}
