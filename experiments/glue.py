@@ -140,7 +140,7 @@ def stored() -> dict[tuple, dict]:
 
 
 def store(row: dict) -> None:
-  """Adds a row to those that are stored, by this process and by others at work on other tasks."""
+  """Adds a row to those that are stored, by this process and by those side by side."""
   file = RESULTS.with_suffix('.json')
   with pipeline.alone(RUNS / file.name):
     report.write(file, report.document('python -m experiments.glue', [*stored().values(), row]))

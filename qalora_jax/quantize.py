@@ -82,7 +82,6 @@ def quantize(config, workdir, command: str = 'qalora train') -> list[dict]:
   """
   workdir = pathlib.Path(workdir)
   tensors.refuse_existing(workdir)
-  config = config.copy_and_resolve_references()
   config = _dense(config)
   built = build.setup(config)
   if stored.is_quantized(built.directory):

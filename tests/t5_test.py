@@ -122,7 +122,7 @@ def test_logits_and_files_are_those_of_transformers(kind, made, tmp_path, monkey
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'feed_forward_proj': 'gated-silu'}, "feed_forward_proj = 'gated-silu'; supported: relu, gated-gelu"),
+    ({'feed_forward_proj': 'gated-silu'}, "feed_forward_proj = 'gated-silu'; it is one of relu, gated-gelu"),
     ({'dense_act_fn': 'gelu'}, "dense_act_fn = 'gelu'; only 'relu'"),
     ({'scalable_attention': True}, 'scalable_attention = True'),
     ({'is_encoder_decoder': False}, 'is_encoder_decoder = False'),

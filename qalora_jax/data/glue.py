@@ -13,7 +13,7 @@ from qalora_jax import progress
 from qalora_jax.data import files
 
 _TABLES = ('.tsv', '.txt')
-_HUB = 'hf://datasets/nyu-mll/glue/{}/{}-00000-of-00001.parquet'
+_HUB = 'hf://datasets/nyu-mll/glue'
 PARTS = ('train', 'validation', 'test')
 
 
@@ -138,14 +138,15 @@ def read(task: Task, path: str, split: str = 'train') -> list[tuple[str, str | N
 
 def on_hub(task: Task, split: str) -> str:
   """The file of a part on the hub."""
-  return _HUB.format(task.hub, _names(task)[split][1])
+  return f'{_HUB}/{task.hub}/{_files(task, split)[1]}'
 
 
-def _names(task: Task) -> dict[str, tuple[str, str]]:
-  """{part: (GLUE's file, the hub's part)}; MNLI has two dev parts, and a test part to each."""
+def _files(task: Task, split: str) -> tuple[str, str]:
+  """(GLUE's file of a part, the hub's); MNLI has two dev parts, and a test part to each."""
   file, name = task.dev
   test = file.replace('dev', 'test'), name.replace('validation', 'test')
-  return {'train': ('train.tsv', 'train'), 'validation': task.dev, 'test': test}
+  file, name = {'train': ('train.tsv', 'train'), 'validation': task.dev, 'test': test}[split]
+  return file, f'{name}-00000-of-00001.parquet'
 
 
 def part(task: Task, directory: str, split: str) -> str:
@@ -153,8 +154,7 @@ def part(task: Task, directory: str, split: str) -> str:
 
   FileNotFoundError, with what is looked for, where there is none.
   """
-  file, name = _names(task)[split]
-  wanted = [file, f'{name}-00000-of-00001.parquet']
+  wanted = list(_files(task, split))
   if task.name == 'mrpc' and split == 'test':
     # As it was published, with labels.  Its train file holds GLUE's dev part too.
     wanted.insert(0, 'msr_paraphrase_test.txt')

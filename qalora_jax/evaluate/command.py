@@ -1,6 +1,5 @@
 """`qalora evaluate`: scores a model on the config's text, questions and tasks of the field."""
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import logging
@@ -235,7 +234,7 @@ def check(model: nn.Module, config, wanted: list[Wanted], harness: bool = False)
     _check_window(config, model.config)
 
 
-def _check_scorable(model: nn.Module, settings, wanted: Sequence[Wanted] = ()) -> None:
+def _check_scorable(model: nn.Module, settings, wanted: list[Wanted]) -> None:
   """ValueError for data whose scores are the probabilities of a text's own tokens, where an encoder reads the text."""
   asked = [f'evaluate.{name}' for name in ('text', 'choices') if build.names_data(settings[name])]
   asked += ['evaluate.tasks'] if wanted else []

@@ -56,11 +56,11 @@ def read(raw: Mapping, **placed) -> bert.ModelConfig:
   family.check_counts(raw, _REQUIRED)
   family.check_fixed(raw, _FIXED)
   said = family.stated(raw, (*_REQUIRED, *_OPTIONAL))
-  said |= {key: family.number(said, key, 0.0) for key in ('layer_norm_eps',) if key in said}
+  said['layer_norm_eps'] = family.number(raw, 'layer_norm_eps', bert.ModelConfig.layer_norm_eps)
   labels, words = _labels(raw) if _CLASSIFIES in (raw.get('architectures') or ()) else (0, ())
-  dropped = raw.get('classifier_dropout')
-  if dropped is None:
-    dropped = said.get('hidden_dropout_prob', bert.ModelConfig.hidden_dropout_prob)
+  dropped = family.value(
+    raw, 'classifier_dropout', said.get('hidden_dropout_prob', bert.ModelConfig.hidden_dropout_prob)
+  )
   return bert.ModelConfig(**said, classifier_dropout=dropped, labels=labels, words=words, **placed)
 
 

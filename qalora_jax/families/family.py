@@ -94,8 +94,7 @@ def check_counts(raw: Mapping, keys) -> None:
   for key in keys:
     if key not in raw:
       raise ValueError(f'has no "{key}"; copy the config.json that was published with the weights.')
-    if isinstance(raw[key], bool) or not isinstance(raw[key], int) or raw[key] < 1:
-      raise ValueError(f'{key} = {raw[key]!r}; it is a count of at least 1.')
+    _check_count(key, raw[key], least=1)
 
 
 def check_fixed(raw: Mapping, fixed: Mapping) -> None:
@@ -108,20 +107,29 @@ def check_fixed(raw: Mapping, fixed: Mapping) -> None:
       raise ValueError(f'{key} = {raw[key]!r}; only {value!r} is supported.')
 
 
+def value(raw: Mapping, key: str, default):
+  """What config.json says, `default` where it is absent or null."""
+  return default if raw.get(key) is None else raw[key]
+
+
 def number(raw: Mapping, key: str, default: float) -> float:
-  """A number above 0 that config.json says, `default` where it is absent or null; ValueError for anything else."""
-  value = default if raw.get(key) is None else raw[key]
-  if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-    raise ValueError(f'{key} = {value!r}; it is a number above 0.')
-  return float(value)
+  """`value`, a number above 0; ValueError for anything else."""
+  found = value(raw, key, default)
+  if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found < math.inf:
+    raise ValueError(f'{key} = {found!r}; it is a number above 0.')
+  return float(found)
 
 
 def count(raw: Mapping, key: str, default: int, least: int = 1) -> int:
-  """As `number`, of a whole number of at least `least`."""
-  value = default if raw.get(key) is None else raw[key]
-  if isinstance(value, bool) or not isinstance(value, int) or value < least:
-    raise ValueError(f'{key} = {value!r}; it is a count of at least {least}.')
-  return value
+  """`value`, a whole number of at least `least`; ValueError for anything else."""
+  found = value(raw, key, default)
+  _check_count(key, found, least)
+  return found
+
+
+def _check_count(key: str, found, least: int) -> None:
+  if isinstance(found, bool) or not isinstance(found, int) or found < least:
+    raise ValueError(f'{key} = {found!r}; it is a count of at least {least}.')
 
 
 def stated(raw: Mapping, keys) -> dict:

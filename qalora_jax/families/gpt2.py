@@ -58,7 +58,7 @@ def read(raw: Mapping, **placed) -> decoder.Config:
     num_key_value_heads=said['num_attention_heads'],
     rope_theta=0.0,
     rms_norm_eps=family.number(raw, 'layer_norm_epsilon', 1e-5),
-    tie_word_embeddings=family.stated(raw, ('tie_word_embeddings',)).get('tie_word_embeddings', True),
+    tie_word_embeddings=family.value(raw, 'tie_word_embeddings', True),
     activation=activation,
     gated=False,
     norm='layer',

@@ -46,7 +46,7 @@ def shape(raw: Mapping, *, required: Iterable[str] = (), activation: str = 'hidd
   # Before LLaMA 2 the file did not say it: every head had its own keys and values.
   heads = raw.get('num_key_value_heads') or raw['num_attention_heads']
   said = defaults | family.stated(raw, (*SIZES, *_OPTIONAL, activation))
-  said |= {key: family.number(said, key, 0.0) for key in ('rms_norm_eps',) if key in said}
+  said['rms_norm_eps'] = family.number(said, 'rms_norm_eps', decoder.Config.rms_norm_eps)
   name = said.pop(activation, 'silu')
   family.check_choice(activation, name, decoder.ACTIVATIONS)
   biased = decoder.ATTENTION if raw.get('attention_bias') else ()

@@ -64,14 +64,13 @@ def read(raw: Mapping, **placed) -> t5.ModelConfig:
   family.check_fixed(raw, _FIXED)
   said = {field: raw[key] for key, field in _REQUIRED.items()}
   said |= {_OPTIONAL[key]: value for key, value in family.stated(raw, _OPTIONAL).items()}
-  decoder = family.stated(raw, ('num_decoder_layers',)).get('num_decoder_layers', raw['num_layers'])
-  tied = family.stated(raw, ('tie_word_embeddings',)).get('tie_word_embeddings', True)
-  if family.stated(raw, ('scale_decoder_outputs',)).get('scale_decoder_outputs', tied) != tied:
+  decoder = family.value(raw, 'num_decoder_layers', raw['num_layers'])
+  tied = family.value(raw, 'tie_word_embeddings', True)
+  if family.value(raw, 'scale_decoder_outputs', tied) != tied:
     if not tied:
       raise ValueError('tie_word_embeddings = False, scale_decoder_outputs = True; a head of its own is not scaled.')
     tied = False
   said['layer_norm_epsilon'] = family.number(raw, 'layer_norm_epsilon', t5.ModelConfig.layer_norm_epsilon)
-  family.check_choice('feed_forward_proj', said.get('feed_forward_proj', 'relu'), _ACTIVATIONS)
   config = t5.ModelConfig(**said, num_decoder_layers=decoder, tie_word_embeddings=tied, **placed)
   act, gated = _ACTIVATIONS[config.feed_forward_proj]
   family.check_fixed(raw, {'dense_act_fn': act, 'is_gated_act': gated})

@@ -54,7 +54,7 @@ class ModelConfig:
   family: str = 't5'
 
   def __post_init__(self):
-    if self.feed_forward_proj not in FEED_FORWARDS:
+    if self.feed_forward_proj not in tuple(FEED_FORWARDS):
       raise ValueError(f'feed_forward_proj = {self.feed_forward_proj!r}; it is one of {", ".join(FEED_FORWARDS)}.')
     number, longest = self.relative_attention_num_buckets, self.relative_attention_max_distance
     if number < 4 or number % 2:
